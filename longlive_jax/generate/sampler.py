@@ -1,0 +1,412 @@
+"""The method: noise becomes a chunk of clean latents, and the chunk becomes memory.
+
+A chunk is denoised in a few solver steps by a transformer that attends to itself and to
+the cached keys and values of earlier frames. Then it passes once more, clean, at
+timestep 0, to write its own keys and values (SPEC 3). `denoise_chunk` is that one step.
+`rollout` scans it; `generate/stream.py` calls it chunk by chunk.
+
+With guidance every sample has two rows in the batch of the network, one for its prompt
+and one for the negative prompt, with a cache of their own: row 2 i and row 2 i + 1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from longlive_jax.generate import schedule
+from longlive_jax.layers import attention, kv_cache, rope
+from longlive_jax.models import dit
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a video is sampled; lengths in latent frames. Static under jit.
+
+  Attributes:
+    frames_per_chunk: latent frames that are generated together.
+    window_frames: frames that a query attends, the chunk included; also what the
+      cache holds.
+    sink_frames: frames of the first chunk (and, with multi_shot_sink, of the first
+      chunk of the shot) that are never evicted.
+    multi_shot_sink: keep both a global sink and a shot sink.
+    shot_rope_offset: temporal gap opened in front of every shot. Without effect with
+      relative_rope.
+    relative_rope: positions count from the start of the window: unlimited length.
+    t_scale: factor on temporal positions.
+    clean_recache: on a cut, forget everything but the global sink before the clean
+      pass (needs multi_shot_sink).
+    guidance: classifier-free guidance scale; 1 turns the negative pass off.
+    steps, shift, solver: see generate/schedule.py.
+    independent_first_frame: the first chunk is a single frame.
+    reference: the reference's eviction of pinned frames, for parity only.
+  """
+
+  frames_per_chunk: int = 8
+  window_frames: int = 32
+  sink_frames: int = 8
+  multi_shot_sink: bool = True
+  shot_rope_offset: float = 8.0
+  relative_rope: bool = False
+  t_scale: float = 1.0
+  clean_recache: bool = False
+  guidance: float = 1.0
+  steps: int = 4
+  shift: float = 5.0
+  solver: str = "unipc"
+  independent_first_frame: bool = False
+  reference: bool = False
+
+  def __post_init__(self):
+    n = self.frames_per_chunk
+    if n < 1:
+      raise ValueError(f"frames_per_chunk={n} must be at least 1")
+    for name in ("window_frames", "sink_frames"):
+      value = getattr(self, name)
+      if value < 0:
+        raise ValueError(f"{name}={value} must not be negative")
+      if value % n and not self.reference:
+        raise ValueError(
+          f"{name}={value} must be a multiple of frames_per_chunk={n}; "
+          f"use {value - value % n} or {value + n - value % n}"
+        )
+    kept = self.global_sink_frames + min(self.sink_frames, n)
+    kept = max(kept, self.sink_frames) + n
+    if self.window_frames < kept and not self.reference:
+      raise ValueError(
+        f"window_frames={self.window_frames} has no room for the sinks "
+        f"(sink_frames={self.sink_frames}) and a chunk of {n}; use {kept} or more"
+      )
+    if self.clean_recache and not self.multi_shot_sink:
+      raise ValueError("clean_recache=True needs multi_shot_sink=True")
+    schedule.solver_table(self.solver, self.steps, self.shift)  # checks all three
+
+  @property
+  def global_sink_frames(self) -> int:
+    return self.sink_frames if self.multi_shot_sink else 0
+
+  @property
+  def pins(self) -> bool:
+    """Whether a cut moves the shot sink."""
+    return self.multi_shot_sink and self.sink_frames > 0
+
+  @property
+  def branches(self) -> int:
+    """Rows of the network's batch for each sample."""
+    return 1 if self.guidance == 1.0 else 2
+
+  @property
+  def cache_rules(self) -> kv_cache.CacheRules:
+    return kv_cache.CacheRules(
+      window_frames=self.window_frames,
+      sink_frames=self.sink_frames,
+      global_sink_frames=self.global_sink_frames,
+      relative_rope=self.relative_rope,
+      reference=self.reference,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChunkInputs:
+  """All that distinguishes one chunk from another; the same shapes for every chunk.
+
+  Attributes:
+    noise: float32 (b, f, y, x, c).
+    text: prompt embeddings (b, k, text_dim).
+    negative: embeddings of the negative prompt (b, k, text_dim), or None if unguided.
+    frames: int32 (b, f), absolute latent frame numbers.
+    temporal: rotation of those frames (b, f, pairs), from the host (float64 inside).
+    cut: bool (b,), the chunk starts a new shot.
+    known: bool (b, f), frames that are given (image-to-video) ...
+    given: ... and their latents (b, f, y, x, c).
+  """
+
+  noise: Array
+  text: Array
+  negative: Array | None
+  frames: Array
+  temporal: rope.Rotation
+  cut: Array
+  known: Array
+  given: Array
+
+
+def init_cache(
+  model: dit.CausalDiT, sampling: Sampling, batch: int, y: int, x: int
+) -> kv_cache.KVCache:
+  """An empty cache for `batch` videos of y rows and x columns of latents."""
+  config = model.config
+  return kv_cache.init_cache(
+    sampling.cache_rules,
+    layers=config.layers,
+    batch=batch * sampling.branches,
+    capacity_frames=sampling.window_frames,
+    tokens_per_frame=config.tokens_per_frame(y, x),
+    heads=config.heads,
+    head_dim=config.head_dim,
+    dtype=model.dtype,
+  )
+
+
+def cached_forward(
+  model: dit.CausalDiT,
+  cache: kv_cache.KVCache,
+  placement: kv_cache.Placement,
+  latents: Array,
+  time: Array,
+  text: Array,
+  temporal: rope.Rotation,
+  *,
+  t_scale: float = 1.0,
+  keep: bool = False,
+) -> tuple[Array, tuple[Array, Array] | None]:
+  """One forward of a chunk against the cache, which is only read.
+
+  Args:
+    latents: (b, f, y, x, c). time: features (b, f, freq_dim).
+    text: embedded text (b, segments, text_len, D).
+    temporal: rotation of the chunk's frames (b, f, pairs); unused when the cache
+      rotates by window position.
+    t_scale: factor on window positions (relative RoPE).
+    keep: hand out the chunk's keys and values for `kv_cache.commit`.
+
+  Returns:
+    velocity (b, f, y, x, c) and (k, v) each (l, b, f, p, n, d), or None.
+  """
+  rules, config = cache.rules, model.config
+  b, f, y, x, _ = latents.shape
+  p = config.tokens_per_frame(y, x)
+  if rules.relative_rope:
+    window = np.arange(rules.window_frames) * t_scale
+    table = rope.temporal_rotation(window, config.head_dim)
+
+    def by_rank(rank: Array) -> rope.Rotation:
+      rank = jnp.clip(rank, 0, rules.window_frames - 1)  # empty slots are not attended
+      picked = rope.Rotation(*(jnp.asarray(part)[rank] for part in table))
+      return model.rotation(picked, y, x)
+
+    # The chunk's own frames are the newest: last in the window.
+    q_rotation = by_rank(placement.length[:, None] - f + jnp.arange(f))
+    k_rotation = by_rank(placement.rank)
+  else:
+    q_rotation = model.rotation(temporal, y, x)
+
+  def forward(lengths: Array | None):
+    def attend(layer, q, k, v):
+      q = rope.rotate(q, q_rotation)
+      if not rules.relative_rope:
+        k = rope.rotate(k, q_rotation)
+      k, v = (a.reshape(b, f, p, *a.shape[2:]) for a in (k, v))
+      keys, values = kv_cache.attended(placement, layer, k, v)
+      keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in (keys, values))
+      if rules.relative_rope:
+        keys = rope.rotate(keys, k_rotation)
+      out = attention.attention(q, keys, values, lengths=lengths)
+      return out, (k, v) if keep else None
+
+    return model(latents, time, text, attend, (cache.k, cache.v))
+
+  lengths = placement.length * p
+  if attention.default_implementation(model.dtype) != "cudnn":
+    return forward(lengths)
+  # cuDNN is 12% faster without lengths, and all but the first chunks fill the window.
+  full = jnp.all(placement.length == rules.window_frames)
+  return lax.cond(full, lambda: forward(None), lambda: forward(lengths))
+
+
+def clean_pass(
+  model: dit.CausalDiT,
+  cache: kv_cache.KVCache,
+  latents: Array,
+  chunk: ChunkInputs,
+  sampling: Sampling,
+) -> kv_cache.KVCache:
+  """Writes finished latents (b, f, y, x, c) into the cache, at timestep 0.
+
+  On a cut the cache is reset first (clean_recache) and the chunk becomes the shot sink
+  afterwards.
+  """
+  rows = sampling.branches
+  frames = jnp.repeat(chunk.frames, rows, axis=0)
+  cut = jnp.repeat(chunk.cut, rows, axis=0) & sampling.pins
+  if sampling.clean_recache:
+    cache = kv_cache.reset(cache, cut)
+  placement = kv_cache.place(cache, frames)
+  zero = dit.time_features(np.zeros(frames.shape), model.config.freq_dim)
+  _, (k, v) = cached_forward(
+    model,
+    cache,
+    placement,
+    jnp.repeat(latents, rows, axis=0),
+    zero,
+    _text(model, chunk),
+    _repeat(chunk.temporal, rows),
+    t_scale=sampling.t_scale,
+    keep=True,
+  )
+  return kv_cache.pin(kv_cache.commit(cache, placement, k, v), frames, cut)
+
+
+def denoise_chunk(
+  model: dit.CausalDiT,
+  cache: kv_cache.KVCache,
+  chunk: ChunkInputs,
+  sampling: Sampling,
+) -> tuple[Array, kv_cache.KVCache]:
+  """Generates one chunk and remembers it.
+
+  Args:
+    model: the transformer.
+    cache: of `batch * sampling.branches` rows.
+    chunk: inputs; `noise` decides the chunk's length.
+    sampling: static.
+
+  Returns:
+    clean latents float32 (b, f, y, x, c) and the cache with the chunk in it.
+  """
+  rows, config = sampling.branches, model.config
+  table = schedule.solver_table(sampling.solver, sampling.steps, sampling.shift)
+  times = dit.time_features(np.append(table.timesteps, 0.0), config.freq_dim)
+  known = chunk.known[:, :, None, None, None]
+
+  placement = kv_cache.place(cache, jnp.repeat(chunk.frames, rows, axis=0))
+  text, temporal = _text(model, chunk), _repeat(chunk.temporal, rows)
+
+  def velocity(latents: Array, features: Array) -> Array:
+    # Given frames are clean: their timestep is 0 in every pass.
+    time = jnp.where(chunk.known[:, :, None], times[-1], features)
+    v, _ = cached_forward(
+      model,
+      cache,
+      placement,
+      jnp.repeat(latents, rows, axis=0),
+      jnp.repeat(time, rows, axis=0),
+      text,
+      temporal,
+      t_scale=sampling.t_scale,
+    )
+    if rows == 1:
+      return v
+    positive, negative = v[0::2], v[1::2]
+    return negative + sampling.guidance * (positive - negative)
+
+  def step(state: schedule.SolverState, row):
+    solver_row, features = row
+    clamped = jnp.where(known, chunk.given, state.x)
+    state = dataclasses.replace(state, x=clamped)
+    v = velocity(state.x, features)
+    return schedule.solver_step(solver_row, state, v), None
+
+  with jax.named_scope("denoise"):
+    state = schedule.solver_init(chunk.noise)
+    state, _ = lax.scan(step, state, (table.rows, times[:-1]))
+    latents = jnp.where(known, chunk.given, state.x)
+  with jax.named_scope("clean_pass"):
+    return latents, clean_pass(model, cache, latents, chunk, sampling)
+
+
+def rollout(
+  model: dit.CausalDiT,
+  cache: kv_cache.KVCache,
+  chunks: ChunkInputs,
+  sampling: Sampling,
+) -> tuple[Array, kv_cache.KVCache]:
+  """`denoise_chunk` scanned over chunks (leading axis of every leaf of `chunks`).
+
+  Returns:
+    latents (chunks, b, f, y, x, c) and the cache after the last one.
+  """
+
+  def step(cache, chunk):
+    latents, cache = denoise_chunk(model, cache, chunk, sampling)
+    return cache, latents
+
+  cache, latents = lax.scan(step, cache, chunks)
+  return latents, cache
+
+
+def sample_bidirectional(
+  model: dit.CausalDiT,
+  noise: Array,
+  text: Array,
+  negative: Array | None,
+  sampling: Sampling,
+) -> Array:
+  """Samples a clip with the plain, non-causal base model, to check its weights.
+
+  Args:
+    noise: (b, f, y, x, c). text, negative: (b, k, text_dim).
+    sampling: steps, shift, solver and guidance are used.
+
+  Returns:
+    clean latents float32 (b, f, y, x, c).
+  """
+  b, f = noise.shape[:2]
+  table = schedule.solver_table(sampling.solver, sampling.steps, sampling.shift)
+  times = dit.time_features(table.timesteps, model.config.freq_dim)
+
+  def velocity(latents, features):
+    time = jnp.broadcast_to(features, (b, f, features.shape[-1]))
+    v = dit.bidirectional_forward(model, latents, time, text)
+    if sampling.branches == 1:
+      return v
+    v_negative = dit.bidirectional_forward(model, latents, time, negative)
+    return v_negative + sampling.guidance * (v - v_negative)
+
+  def step(state, row):
+    solver_row, features = row
+    return schedule.solver_step(solver_row, state, velocity(state.x, features)), None
+
+  state, _ = lax.scan(step, schedule.solver_init(noise), (table.rows, times))
+  return state.x
+
+
+def frame_noise(key: Array, samples: Array, frames: Array, shape: tuple) -> Array:
+  """Standard normal noise that depends on (key, sample, frame) alone.
+
+  So a video does not change with the number of devices, the chunk length or a restart.
+
+  Args:
+    key: a typed jax.random key.
+    samples: int32 (b,), identity of each video. frames: int32 (b, f).
+    shape: (y, x, c).
+
+  Returns:
+    float32 (b, f, y, x, c).
+  """
+
+  def one(sample, frame):
+    return jax.random.normal(
+      jax.random.fold_in(jax.random.fold_in(key, sample), frame), shape
+    )
+
+  return jax.vmap(lambda s, fs: jax.vmap(lambda frame: one(s, frame))(fs))(
+    samples, frames
+  )
+
+
+def chunk_temporal(
+  config: dit.WanConfig, sampling: Sampling, frames: np.ndarray, shot: np.ndarray
+) -> rope.Rotation:
+  """Host rotation of a chunk: frames (b, f), shot index (b,) -> (b, f, pairs)."""
+  offset = np.asarray(shot)[:, None] * sampling.shot_rope_offset
+  positions = dit.temporal_positions(frames, offset, sampling.t_scale)
+  return rope.temporal_rotation(positions, config.head_dim)
+
+
+def _text(model: dit.CausalDiT, chunk: ChunkInputs) -> Array:
+  """Embedded prompts of all rows, (b * branches, 1, text_len, D)."""
+  text = chunk.text[:, None]
+  if chunk.negative is not None:
+    text = jnp.stack([chunk.text, chunk.negative], axis=1)
+  text = model.embed_text(text)
+  return text.reshape(-1, 1, *text.shape[2:])
+
+
+def _repeat(rotation: rope.Rotation, rows: int) -> rope.Rotation:
+  return rope.Rotation(*(jnp.repeat(part, rows, axis=0) for part in rotation))

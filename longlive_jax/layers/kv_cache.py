@@ -1,0 +1,274 @@
+"""The KV cache: one slot a latent frame, bounded, with sinks that stay (SPEC 2.4).
+
+Slots are never shifted. A new chunk overwrites the slots of the oldest frames that
+nothing protects; attention does not care about the order of keys. Per call:
+
+  placement = place(cache, frames)      which slots the chunk takes, what is attended
+  ... forward: `attended` per layer     reads, puts the chunk's own K and V in place
+  cache = commit(cache, placement, k, v)   only the clean pass writes
+
+so the denoising passes of a chunk never touch the cache, and it can be donated.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRules:
+  """What stays and what is attended; all lengths in latent frames. Static.
+
+  Attributes:
+    window_frames: how many frames are attended, at most the capacity.
+    sink_frames: first frames kept while there is no pin.
+    global_sink_frames: first frames kept always (0 without multi-shot sinks).
+    relative_rope: keys are stored unrotated and rotated by their rank in the window.
+    reference: reproduce the reference's losses of pinned frames (SPEC 2.3, 13.3)
+      instead of never evicting a pinned frame.
+  """
+
+  window_frames: int
+  sink_frames: int = 0
+  global_sink_frames: int = 0
+  relative_rope: bool = False
+  reference: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values of the frames that are remembered.
+
+  Attributes:
+    k, v: (l, b, slots, p, n, d); keys rotated unless the rules say relative_rope.
+    frame: int32 (b, slots), absolute latent frame or -1 for an empty slot. Filled
+      slots are always a prefix.
+    pinned: bool (b, slots), the shot sink.
+    has_pin: bool (b,).
+    rules: static.
+  """
+
+  k: Any
+  v: Any
+  frame: Array
+  pinned: Array
+  has_pin: Array
+  rules: CacheRules = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where one chunk goes and what it attends; shared by all layers and passes.
+
+  Attributes:
+    slot: int32 (b, f), the slot that each chunk frame takes.
+    source: int32 (b, slots), the chunk frame that lands in a slot, -1 = keep it.
+    frame, pinned: (b, slots) after the write.
+    order: int32 (b, window), slots of the attended frames in ascending frame order,
+      or None when the window is the whole cache (then slots 0..length are attended).
+    rank: int32 (b, slots or window), position of a key in the ascending attended list.
+    length: int32 (b,), attended frames, the chunk included.
+  """
+
+  slot: Array
+  source: Array
+  frame: Array
+  pinned: Array
+  order: Array | None
+  rank: Array
+  length: Array
+
+
+def init_cache(
+  rules: CacheRules,
+  *,
+  layers: int,
+  batch: int,
+  capacity_frames: int,
+  tokens_per_frame: int,
+  heads: int,
+  head_dim: int,
+  dtype: jnp.dtype,
+) -> KVCache:
+  """An empty cache. Raises ValueError if the rules do not fit the capacity."""
+  if not 0 < rules.window_frames <= capacity_frames:
+    raise ValueError(
+      f"window_frames={rules.window_frames} must be between 1 and "
+      f"capacity_frames={capacity_frames}"
+    )
+  shape = (layers, batch, capacity_frames, tokens_per_frame, heads, head_dim)
+  return KVCache(
+    k=jnp.zeros(shape, dtype),
+    v=jnp.zeros(shape, dtype),
+    frame=jnp.full((batch, capacity_frames), -1, jnp.int32),
+    pinned=jnp.zeros((batch, capacity_frames), bool),
+    has_pin=jnp.zeros((batch,), bool),
+    rules=rules,
+  )
+
+
+def _rank(frame: Array) -> Array:
+  """Rank by frame number among filled slots; empty slots rank last. (b, slots)."""
+  key = jnp.where(frame < 0, jnp.iinfo(jnp.int32).max, frame)
+  return jnp.sum(key[:, None, :] < key[:, :, None], axis=-1, dtype=jnp.int32)
+
+
+def _pin_rank(pinned: Array, rank: Array) -> Array:
+  """Rank of the first pinned frame (b,); slots if none."""
+  return jnp.min(jnp.where(pinned, rank, rank.shape[1]), axis=1)
+
+
+def place(cache: KVCache, frames: Array) -> Placement:
+  """Finds slots for a chunk and what it will attend.
+
+  Args:
+    cache: before the write.
+    frames: int32 (b, f), the chunk's absolute frame numbers, ascending. They are all
+      present in the cache (then they are overwritten in place) or all new.
+  """
+  rules = cache.rules
+  slots = cache.frame.shape[1]
+  rank, filled = _rank(cache.frame), cache.frame >= 0
+  pin_rank = _pin_rank(cache.pinned, rank)
+  pin_count = jnp.sum(cache.pinned, axis=1)
+  head = jnp.where(
+    cache.has_pin,
+    rules.global_sink_frames,
+    max(rules.global_sink_frames, rules.sink_frames),
+  )  # (b,) lowest ranks that are never evicted
+
+  # Slots in the order in which a new chunk takes them: empty, then oldest first, then
+  # (never reached when the configuration is valid) the protected ones.
+  pin_is_next = pin_rank == rules.global_sink_frames
+  safe = cache.pinned & (pin_is_next[:, None] if rules.reference else True)
+  safe |= filled & (rank < head[:, None])
+  index = jnp.arange(slots, dtype=jnp.int32)
+  urgency = jnp.where(filled, slots + rank + jnp.where(safe, slots, 0), index)
+  new_slots = jnp.argsort(urgency, axis=1)[:, : frames.shape[1]]
+
+  match = cache.frame[:, None, :] == frames[:, :, None]  # (b, f, slots)
+  present = jnp.all(jnp.any(match, axis=2), axis=1)  # (b,)
+  slot = jnp.where(present[:, None], jnp.argmax(match, axis=2), new_slots)
+  slot = slot.astype(jnp.int32)
+
+  hit = slot[:, :, None] == index  # (b, f, slots)
+  taken = jnp.any(hit, axis=1)
+  source = jnp.where(taken, jnp.argmax(hit, axis=1), -1).astype(jnp.int32)
+  new_frame = jnp.take_along_axis(frames, jnp.maximum(source, 0), axis=1)
+  frame = jnp.where(taken, new_frame, cache.frame)
+  pinned = cache.pinned & ~(taken & ~present[:, None])
+  if rules.reference:
+    # The reference keeps an index, not flags: once a pinned frame is evicted the
+    # index points at other data for good, so the whole pin is lost.
+    lost = jnp.any(pinned != cache.pinned, axis=1)
+    pinned &= ~lost[:, None]
+  else:
+    pin_rank = None  # of the state after the write, see _attended
+
+  order, key_rank, length = _attended(
+    rules, frame, pinned, head, pin_rank, pin_count
+  )
+  return Placement(slot, source, frame, pinned, order, key_rank, length)
+
+
+def _attended(rules, frame, pinned, head, pin_rank, pin_count):
+  """Attended slots (SPEC 2.4, rule 2): order, rank in the list, count."""
+  slots, window = frame.shape[1], rules.window_frames
+  rank = _rank(frame)
+  count = jnp.sum(frame >= 0, axis=1, dtype=jnp.int32)  # (b,)
+  if window == slots:
+    return None, rank, count
+  reference = pin_rank is not None
+  if not reference:
+    pin_rank, pin_count = _pin_rank(pinned, rank), jnp.sum(pinned, axis=1)
+  joined = (pin_count > 0) & (pin_rank == rules.global_sink_frames)
+  head = head + jnp.where(joined, pin_count, 0)
+  # The reference asks whether the pin lies before the window, although the local part
+  # starts `head` frames later: pins in between drop out. We ask for the local part.
+  start = count - window + jnp.where(reference, 0, head)
+  apart = (pin_count > 0) & (pin_rank >= head) & (pin_rank < start)
+  local = window - head - jnp.where(apart, pin_count, 0)
+  in_pin = (rank >= pin_rank[:, None]) & (rank < (pin_rank + pin_count)[:, None])
+  keep = (rank < head[:, None]) | (rank >= (count - local)[:, None])
+  keep |= apart[:, None] & in_pin
+  keep |= (count <= window)[:, None]
+  keep &= frame >= 0
+  order = jnp.argsort(jnp.where(keep, rank, slots + rank), axis=1)[:, :window]
+  list_rank = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), order.shape)
+  return order.astype(jnp.int32), list_rank, jnp.sum(keep, axis=1, dtype=jnp.int32)
+
+
+def attended(
+  placement: Placement, layer: tuple[Array, Array], k: Array, v: Array
+) -> tuple[Array, Array]:
+  """One layer's keys and values to attend, the chunk's own put in their slots.
+
+  Args:
+    placement: of this chunk.
+    layer: (k, v), each (b, slots, p, n, d).
+    k, v: the chunk's, (b, f, p, n, d), as the cache would store them.
+
+  Returns:
+    keys and values (b, slots or window, p, n, d). Only the first placement.length
+    frames count.
+  """
+  pick = jnp.maximum(placement.source, 0)[:, :, None, None, None]
+  own = (placement.source >= 0)[:, :, None, None, None]
+
+  def merge(stored, new):
+    # A select in the same pass as the copy of the layer: per-sample slots without a
+    # scatter.
+    out = jnp.where(own, jnp.take_along_axis(new, pick, axis=1), stored)
+    if placement.order is not None:
+      order = placement.order[:, :, None, None, None]
+      out = jnp.take_along_axis(out, order, axis=1)
+    return out
+
+  return merge(layer[0], k), merge(layer[1], v)
+
+
+def commit(cache: KVCache, placement: Placement, k: Array, v: Array) -> KVCache:
+  """Writes a chunk's keys and values (l, b, f, p, n, d) into their slots."""
+  rows = jnp.arange(cache.frame.shape[0])[:, None]
+  return dataclasses.replace(
+    cache,
+    k=cache.k.at[:, rows, placement.slot].set(k.astype(cache.k.dtype)),
+    v=cache.v.at[:, rows, placement.slot].set(v.astype(cache.v.dtype)),
+    frame=placement.frame,
+    pinned=placement.pinned,
+  )
+
+
+def pin(cache: KVCache, frames: Array, where: Array) -> KVCache:
+  """Makes the first `sink_frames` of these frames the shot sink of some samples.
+
+  Args:
+    cache: after the clean pass of the chunk.
+    frames: int32 (b, f), the chunk's frames.
+    where: bool (b,), the samples with a cut. An earlier pin is forgotten: its frames
+      become ordinary.
+  """
+  first = frames[:, : cache.rules.sink_frames]
+  new = jnp.any(cache.frame[:, :, None] == first[:, None, :], axis=2)
+  return dataclasses.replace(
+    cache,
+    pinned=jnp.where(where[:, None], new, cache.pinned),
+    has_pin=cache.has_pin | where,
+  )
+
+
+def reset(cache: KVCache, where: Array) -> KVCache:
+  """Forgets all but the global-sink frames in some samples (clean recache)."""
+  drop = where[:, None] & (_rank(cache.frame) >= cache.rules.global_sink_frames)
+  return dataclasses.replace(
+    cache,
+    frame=jnp.where(drop, -1, cache.frame),
+    pinned=cache.pinned & ~where[:, None],
+    has_pin=cache.has_pin & ~where,
+  )
