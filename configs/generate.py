@@ -1,0 +1,96 @@
+"""How to generate. Sizes and options are arguments, everything else an override.
+
+python launch/generate.py --prompt "a red circle moves left"
+python launch/generate.py --config configs/generate.py:toy --config.steps=8 ...
+python launch/generate.py --config configs/generate.py:ti2v-5b,i2v ...
+"""
+
+import ml_collections
+
+OPTIONS = ("i2v", "no_sinks", "float32", "random")
+
+
+def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
+  """Settings of a run.
+
+  Args:
+    arg: a size ('toy', 'ti2v-5b'), then comma-separated options: 'i2v' (every video
+      must start from an image), 'no_sinks' (window only, to see what sinks do),
+      'float32' (instead of bfloat16 at full size), 'random' (random weights, to
+      measure speed).
+
+  Raises:
+    ValueError: unknown size or option.
+  """
+  size, *options = arg.split(",")
+  if size not in ("toy", "ti2v-5b"):
+    raise ValueError(f"config size={size!r} is unknown; use 'toy' or 'ti2v-5b'")
+  for option in options:
+    if option not in OPTIONS:
+      raise ValueError(f"config option={option!r} is unknown; use {', '.join(OPTIONS)}")
+  config = ml_collections.ConfigDict()
+
+  # Networks: names in the tables of sizes. `weights` is a folder with dit, vae, text
+  # and tokenizer.json: empty for what ships with the package (toy only), 'random' to
+  # measure speed. The next four replace single parts of it.
+  config.size = size
+  config.vae = "toy"
+  config.text = "toy"
+  config.weights = ""
+  config.dit_weights = ""
+  config.vae_weights = ""
+  config.text_weights = ""
+  config.tokenizer = ""
+  config.dtype = "float32"
+
+  # Picture and length. Clips of 24 frames a second; one chunk is
+  # 4 * frames_per_chunk video frames.
+  config.height = 128
+  config.width = 128
+  config.fps = 24.0
+  config.frames_per_chunk = 8
+
+  # Memory: latent frames that are attended, and those of them that stay.
+  config.window_frames = 32
+  config.sink_frames = 8
+  config.multi_shot_sink = True
+  config.shot_rope_offset = 8.0
+  config.clean_recache = False
+  config.relative_rope = size == "toy"  # trained on window positions
+  config.t_scale = 1.0
+  config.independent_first_frame = False
+
+  # Denoising.
+  config.solver = "unipc"
+  config.steps = 8
+  config.shift = 3.0
+  config.guidance = 1.0
+  config.negative_prompt = ""
+
+  # The run. `devices` share the videos of a batch; `decode_frames` are decoded at a
+  # time: more is faster, less needs less memory.
+  config.i2v = False
+  config.seed = 0
+  config.devices = 1
+  config.decode_frames = 8
+  config.cache_dir = "~/.cache/longlive_jax/text"
+
+  if size == "ti2v-5b":
+    config.vae = "wan2.2"
+    config.text = "umt5-xxl"
+    config.dtype = "bfloat16"
+    config.height = 704
+    config.width = 1280
+    config.steps = 4
+    config.shift = 5.0
+    config.decode_frames = 1
+  if "i2v" in options:
+    config.i2v = True
+  if "no_sinks" in options:
+    config.sink_frames = 0
+    config.multi_shot_sink = False
+  if "float32" in options:
+    config.dtype = "float32"
+  if "random" in options:
+    config.weights = "random"
+  return config

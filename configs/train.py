@@ -1,0 +1,92 @@
+"""Settings of launch/train.py.
+
+The toy model of the quickstart, on one GPU:
+
+  python -m longlive_jax.data.toy_world --out outputs/toy_data --clips 4000
+  python launch/train_vae.py --config configs/train_vae.py:toy
+  python launch/train.py --config configs/train.py:toy
+  python tools/plot_metrics.py outputs/train_toy/metrics.jsonl --out curves.png
+
+The result is in outputs/train_toy/model: dit, text and tokenizer.json. Runs repeat bit
+for bit on a GPU with XLA_FLAGS=--xla_gpu_deterministic_ops=true. A look at every step
+of it, on a CPU, takes the argument `test` instead.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
+  """Settings by name.
+
+  Args:
+    arg: 'toy' (the shipped model) or 'test' (smallest sizes, a few steps).
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if arg not in ("toy", "test"):
+    raise ValueError(f"config={arg!r} is unknown; choose from toy, test")
+  c = ml_collections.ConfigDict()
+  c.workdir = f"outputs/train_{arg}"
+  c.seed = 0
+  c.steps = 20_000
+  c.batch_size = 64  # sequences of view.window chunks
+
+  # What is trained. `vae` is a checkpoint folder; `init` one to start from, or ''.
+  c.dit = "toy"
+  c.text = "toy"
+  c.vae = "outputs/toy_vae"
+  c.init = ""
+  c.tokenizer = ""  # a tokenizer.json; '' learns one from the captions
+  c.train_text = "joint"  # or 'frozen'
+  c.dtype = "bfloat16"  # of the computation; master weights are float32
+  c.export_dtype = "bfloat16"  # of the weights that are shipped
+
+  c.data = ml_collections.ConfigDict()
+  c.data.folder = "outputs/toy_data"
+  c.data.chunks = 12  # from the start of every clip
+  c.data.frames_per_chunk = 8
+  c.data.encode_once = True  # False: read and encode during training
+  c.data.latents = "outputs/toy_latents"  # where encoded clips are kept; '' nowhere
+  c.data.encode_batch = 8
+  c.data.threads = 16
+
+  # Which chunks a sequence is made of: see longlive_jax/train/context.py.
+  c.view = ml_collections.ConfigDict()
+  c.view.window = 4
+  c.view.plain = 0.15
+  c.view.no_sink = 0.1
+  c.view.sink = True
+  c.view.multi_shot_sink = True
+  c.view.clean_recache = 0.5  # probability
+  c.view.caption_dropout = 0.1
+
+  c.flow = ml_collections.ConfigDict()
+  c.flow.shift = 3.0
+  c.flow.weighting = "uniform"
+  c.flow.context_noise_max = 0
+  c.flow.context_jitter = 0.1
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.learning_rate = 8e-4
+  c.optimizer.final_ratio = 0.01
+  c.optimizer.warmup = 500
+  c.optimizer.beta1 = 0.9
+  c.optimizer.beta2 = 0.99
+  c.optimizer.weight_decay = 0.01
+  c.optimizer.clip = 1.0
+
+  c.ema_decay = 0.9995
+  c.ema_start = 1000
+
+  c.log_every = 100
+  c.checkpoint_every = 2000
+  c.keep_checkpoints = 2
+
+  if arg == "test":
+    c.dit, c.text, c.dtype = "test", "test", "float32"
+    c.steps, c.batch_size, c.log_every, c.checkpoint_every = 6, 4, 1, 3
+    c.data.chunks, c.data.frames_per_chunk, c.data.threads = 5, 2, 2
+    c.data.encode_batch, c.data.latents = 2, ""
+    c.optimizer.warmup, c.ema_start = 2, 2
+  return c

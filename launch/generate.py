@@ -1,0 +1,419 @@
+"""Generates videos from prompts, chunk by chunk, into MP4 files that grow.
+
+Three shots of the shipped toy model, about 12 seconds of video:
+
+  python launch/generate.py --output outputs/quickstart \
+    --prompt "a red circle slides from side to side on the grass" \
+    --prompt "it bounces up and down in the night sky" \
+    --prompt "it moves in circles over a brick wall"
+
+writes video.mp4, shots.png (all shots at a glance) and run.json (settings, versions,
+device, speed) to the output folder. Others:
+
+  ... --prompts prompts.txt                   one video a line
+  ... --prompts folder --chunks=12            caption folders: one video a subfolder
+  ... --prompt "..." --image first.png        from an image; --images folder for many
+  ... --prompt "..." --continue_from old.mp4  go on where a video (or .npy latents) ends
+  ... --save_state DIR --save_every 4         then --resume DIR, --rewind_to 8
+  ... --config configs/generate.py:ti2v-5b --config.weights=DIR --config.steps=4
+  ... --mode bidirectional                    one clip by the plain base model
+
+Ctrl-C ends after the chunk under way; the MP4 plays and the state can be resumed.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from longlive_jax.checkpoint import store
+from longlive_jax.generate import (
+  networks,
+  recorder,
+  report,
+  request,
+  sampler,
+  snapshots,
+  storyboard,
+)
+from longlive_jax.generate import stream as streams
+from longlive_jax.models import text, vae
+from longlive_jax.parallel import mesh as meshes
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  str(Path(__file__).parents[1] / "configs" / "generate.py") + ":toy",
+  "Settings; override with --config.NAME=VALUE.",
+)
+
+
+# What Orbax, tensorstore and the file system raise when a disk is full.
+DISK_ERRORS = (OSError, ValueError, RuntimeError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What this run reads and writes; the flags below say what each one means."""
+
+  prompt: tuple[str, ...] = ()
+  prompts: str | None = None
+  image: str | None = None
+  images: str | None = None
+  chunks: int | None = None
+  durations: tuple[int, ...] = ()
+  continue_from: str | None = None
+  mode: str = "stream"
+  output: str = "outputs/generate"
+  save_state: str | None = None
+  save_every: int = 0
+  resume: str | None = None
+  rewind_to: int | None = None
+
+
+def define_flags() -> None:
+  flags.DEFINE_multi_string("prompt", [], "One shot of one video; repeat for more.")
+  flags.DEFINE_string("prompts", None, "Text file or caption folder, many videos.")
+  flags.DEFINE_string("image", None, "First frame of the --prompt video.")
+  flags.DEFINE_string("images", None, "Folder of images and texts, many videos.")
+  flags.DEFINE_integer("chunks", None, "Length; default 3 a shot, 9 for files.")
+  flags.DEFINE_list("durations", [], "Chunks of each --prompt, as 3,2,4.")
+  flags.DEFINE_string("continue_from", None, "MP4 or .npy latents to go on from.")
+  flags.DEFINE_enum("mode", "stream", ["stream", "bidirectional"], "How to sample.")
+  flags.DEFINE_string("output", "outputs/generate", "Folder for the results.")
+  flags.DEFINE_string("save_state", None, "Folder to save the stream's state in.")
+  flags.DEFINE_integer(
+    "save_every", 0, "Also save every so many chunks; 0: at the end."
+  )
+  flags.DEFINE_string("resume", None, "Folder of saved states to go on from.")
+  flags.DEFINE_integer("rewind_to", None, "Chunk to resume at; default the last saved.")
+
+
+def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
+  """Generates and writes everything; returns the report.
+
+  Raises:
+    ValueError: something asked for is impossible; found before any network is built.
+  """
+  watch = report.Stopwatch()
+
+  # ------------------------------------------------------------------ check it all
+  check_modes(config, options)
+  request.check_picture(config.height, config.width, config.fps)
+  fields = [f.name for f in dataclasses.fields(sampler.Sampling) if f.name in config]
+  sampling = sampler.Sampling(**{name: config[name] for name in fields})
+  dit_source, vae_source, text_source, tokenizer = find_networks(config)
+  board, snapshot = find_storyboard(options)
+  if options.mode == "bidirectional" and any(len(set(s.prompts)) > 1
+                                             for s in board.samples):  # fmt: skip
+    raise ValueError("mode=bidirectional makes one shot; give one prompt a video")
+  if config.i2v and board.images is None:
+    raise ValueError("i2v=True but no image was given; add --image or --images")
+  first = request.first_frames(board, config.height, config.width)
+  given = None
+  if options.continue_from:
+    given = request.continuation(
+      options.continue_from,
+      height=config.height,
+      width=config.width,
+      fps=config.fps,
+      frames_per_chunk=config.frames_per_chunk,
+      window_frames=config.window_frames,
+      latent_channels=dit_source.config.in_channels,
+    )
+    if len(given) not in (1, board.batch):
+      raise ValueError(
+        f"continue_from={options.continue_from} holds {len(given)} videos for "
+        f"{board.batch} storyboards; give one, or as many"
+      )
+  if board.batch % config.devices or not 1 <= config.devices <= jax.device_count():
+    raise ValueError(
+      f"devices={config.devices} must divide the {board.batch} videos and be at most "
+      f"the {jax.device_count()} that exist"
+    )
+  output = request.check_folder(options.output)
+  if options.save_state:
+    request.check_folder(options.save_state, "save_state")
+  cache_dir = request.check_folder(config.cache_dir, "cache_dir")
+
+  # ------------------------------------------------------------------ prompts
+  # The encoder is read, run and gone before the other networks come.
+  arrays = board.arrays()
+  prompts = [*arrays.prompts, config.negative_prompt]
+  if tokenizer is None:
+    embeddings = networks.random_embeddings(prompts, text_source)
+  else:
+    embeddings = text.embed_prompts(
+      prompts,
+      tokenizer,
+      lambda: networks.load(text_source, config.dtype),
+      encoder_id=text.fingerprint(text_source.path, tokenizer.path) + config.dtype,
+      cache_dir=cache_dir,
+    )
+  story = streams.Story(
+    embeddings=embeddings[:-1],
+    negative=embeddings[-1] if sampling.branches == 2 else None,
+    prompt_index=arrays.prompt_index,
+    cut=arrays.cut,
+    shot=arrays.shot,
+  )
+
+  # ------------------------------------------------------------------ networks
+  video_vae = networks.load(vae_source, config.dtype)
+  model = networks.load(dit_source, config.dtype)
+  image = encode(video_vae, first)
+  if given is not None:
+    given = encode(video_vae, given) if given.dtype == np.uint8 else given
+    given = np.repeat(given, board.batch // len(given), axis=0)
+  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
+
+  def init_state() -> streams.StreamState:
+    return streams.init_state(
+      model,
+      video_vae,
+      sampling,
+      key=jax.random.key(config.seed),
+      samples=np.arange(board.batch),
+      y=y,
+      x=x,
+    )
+
+  # ------------------------------------------------------------------ generate
+  record = recorder.Recorder(output, board.batch, config.fps)
+  about = {"config": config.to_dict(), "storyboard": board.record()}
+  stop = recorder.StopRequest()
+  first_chunk, done, state, saved, error = 0, 0, None, None, ""
+  with stop.on_signals():
+    if options.mode == "bidirectional":
+      frames = sample_clip(model, video_vae, story, sampling, config, (y, x))
+      record.add(frames, story.shot[0])
+      watch.frames(frames.shape[0] * frames.shape[1])
+    else:
+      if snapshot is None:
+        # Committed to the device like loaded weights are: else the second chunk, whose
+        # state comes out of the first, is compiled once more.
+        state = jax.device_put(init_state(), jax.devices()[0])
+      else:
+        state = store.load(snapshot, jax.eval_shape(init_state))
+        first_chunk = done = int(state.chunk)
+        if left := snapshots.unwritten(snapshot):
+          record.add(left)
+      mesh = None
+      if config.devices > 1:
+        mesh = meshes.data_mesh(config.devices)
+        state = streams.shard_state(state, mesh)
+        model, video_vae = meshes.replicate((model, video_vae), mesh)
+      bar = report.ProgressBar(story.chunks, "chunks")
+
+      def keep(chunks_done: int, new: streams.StreamState) -> None:
+        nonlocal done, state, saved
+        done, state = chunks_done, new
+        if not options.save_every or done % options.save_every or not bool(new.finite):
+          return
+        try:
+          saved = snapshots.save(options.save_state, done, state, about)
+        except DISK_ERRORS as failed:
+          stop.reason = stop.reason or f"state after chunk {done} not saved: {failed}"
+
+      try:
+        for chunk in streams.stream(
+          model,
+          video_vae,
+          state,
+          story,
+          sampling,
+          image=image,
+          given=given,
+          decode_frames=config.decode_frames,
+          mesh=mesh,
+          should_stop=stop,
+          on_state=keep,
+        ):
+          record.add(chunk.frames, story.shot[chunk.index or 0])
+          watch.frames(chunk.frames.shape[0] * chunk.frames.shape[1])
+          if record.failure is not None and not stop():
+            stop.reason = str(record.failure)
+          speed = f"{watch.loop_fps:.1f} FPS" if watch.loop_fps else ""
+          bar.update((chunk.index or 0) + 1, speed)
+      except FloatingPointError as failed:
+        error, state = str(failed), None  # what came before is worth keeping
+  unwritten = record.close()
+  error = error or (str(record.failure) if record.failure else "")
+
+  # ------------------------------------------------------------------ leave
+  if options.save_state and state is not None and done > first_chunk:
+    try:
+      saved = snapshots.save(options.save_state, done, state, about, unwritten)
+    except DISK_ERRORS as failed:
+      error = f"{error}; state after chunk {done} not saved: {failed}".lstrip("; ")
+  result = {
+    "command": sys.argv,
+    "options": dataclasses.asdict(options),
+    **about,
+    "seed": config.seed,
+    **report.environment(),
+    "speed": watch.summary(),
+    "chunks": [first_chunk, done],
+    "stopped_by": stop.reason,
+    "error": error,
+    "videos": [str(path) for path in record.paths],
+    "state": saved and str(saved),
+  }
+  try:
+    record.sheet.save(output / "shots.png")
+    report.write_json(output / "run.json", result)
+  except (OSError, ValueError) as failed:
+    result["error"] = error or str(failed)
+  return result
+
+
+def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
+  """Raises ValueError for flags that exclude each other."""
+  start = [n for n in ("image", "images", "continue_from", "resume")
+           if getattr(options, n)]  # fmt: skip
+  if len(start) > 1:
+    raise ValueError(f"--{start[0]} and --{start[1]} exclude each other; use one")
+  stream_only = [*start, *(["save_state"] if options.save_state else [])]
+  if options.mode == "bidirectional" and stream_only:
+    raise ValueError(f"--{stream_only[0]} needs --mode=stream")
+  if options.rewind_to is not None and not options.resume:
+    raise ValueError(f"rewind_to={options.rewind_to} needs --resume")
+  if options.save_every < 0 or (options.save_every and not options.save_state):
+    raise ValueError(f"save_every={options.save_every} needs --save_state")
+  if options.continue_from and config.independent_first_frame:
+    raise ValueError(
+      "continue_from needs config.independent_first_frame=False: whole chunks"
+    )
+  if config.dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"dtype={config.dtype!r} is unknown; use float32 or bfloat16")
+
+
+def find_networks(
+  config: ml_collections.ConfigDict,
+) -> tuple[networks.Source, networks.Source, networks.Source, text.Tokenizer | None]:
+  """Sources of transformer, VAE and text encoder, and the tokenizer.
+
+  Without text weights there is no tokenizer.
+  """
+  named = {"dit": config.size, "vae": config.vae, "umt5": config.text}
+  chosen = {
+    "dit": config.dit_weights,
+    "vae": config.vae_weights,
+    "umt5": config.text_weights,
+  }
+  needs_folder = not all(chosen.values()) or not config.tokenizer
+  folder = networks.folder_of(config.weights, config.size) if needs_folder else None
+  sources = {}
+  for kind, part in (("dit", "dit"), ("vae", "vae"), ("umt5", "text")):
+    weights = chosen[kind] or (folder / part if folder else "random")
+    sources[kind] = networks.find(kind, named[kind], weights)
+  dit_source, vae_source, text_source = sources.values()
+  networks.check_together(dit_source, vae_source, text_source)
+  tokenizer = None
+  if text_source.path is not None:
+    path = config.tokenizer or (folder or text_source.path.parent) / "tokenizer.json"
+    tokenizer = text.Tokenizer(path, text_source.config.text_len)
+  return dit_source, vae_source, text_source, tokenizer
+
+
+def find_storyboard(options: Options) -> tuple[storyboard.Storyboard, Path | None]:
+  """The storyboard of the whole video, and the snapshot to resume, if any.
+
+  A resumed run goes on with its own storyboard, or with new prompts: these follow the
+  chunks that are done, as a new shot if the first one starts with the cut prefix.
+  """
+  new = dict(
+    shots=options.prompt,
+    prompts=options.prompts,
+    image=options.image,
+    images=options.images,
+    chunks=options.chunks,
+    durations=options.durations,
+  )
+  if not options.resume:
+    return request.build_storyboard(**new), None
+  snapshot = snapshots.find(options.resume, options.rewind_to)
+  try:
+    board = storyboard.from_record(store.load_metadata(snapshot)["storyboard"])
+  except (OSError, ValueError, KeyError) as error:
+    raise ValueError(f"resume={snapshot} cannot be used: {error}") from error
+  done = int(snapshot.name.removeprefix("chunk_"))
+  if not (options.prompt or options.prompts):
+    if options.chunks is not None:
+      raise ValueError(f"chunks={options.chunks} needs new prompts when resuming")
+  else:
+    prefix = storyboard.SCENE_CUT_PREFIX.strip()
+    cut = bool(options.prompt) and options.prompt[0].startswith(prefix)
+    board = board.continued(done, request.build_storyboard(**new), cut)
+  if done >= board.chunks:
+    raise ValueError(
+      f"resume={snapshot} is at the end of its {board.chunks} chunks; add prompts, or "
+      "rewind with --rewind_to"
+    )
+  return board, snapshot
+
+
+def encode(video_vae: vae.VideoVAE, frames: np.ndarray | None) -> np.ndarray | None:
+  """uint8 frames (b, t, h, w, 3) or (b, h, w, 3) -> latents; None stays None."""
+  if frames is None:
+    return None
+  if frames.ndim == 4:
+    frames = frames[:, None]
+  program = jax.jit(vae.encode, static_argnums=2)
+  return np.asarray(program(video_vae, request.to_model_range(frames), 1))
+
+
+def sample_clip(model, video_vae, story, sampling, config, shape) -> np.ndarray:
+  """A clip of all chunks at once by the non-causal base model, uint8 frames."""
+  batch, frames = story.cut.shape[1], story.chunks * sampling.frames_per_chunk
+  numbers = np.tile(np.arange(frames, dtype=np.int32), (batch, 1))
+  noise = sampler.frame_noise(
+    jax.random.key(config.seed),
+    np.arange(batch, dtype=np.int32),
+    numbers,
+    (*shape, model.config.in_channels),
+  )
+  prompt = story.embeddings[story.prompt_index[0]]
+  negative = None
+  if sampling.branches == 2:
+    negative = np.broadcast_to(story.negative, prompt.shape)
+  program = jax.jit(sampler.sample_bidirectional, static_argnums=4)
+  latents = program(model, noise, prompt, negative, sampling)
+  if not np.isfinite(latents).all():
+    raise FloatingPointError("chunk=0: the clip has latents that are not finite")
+  decode = jax.jit(vae.decode, static_argnums=2)
+  return np.asarray(vae.to_uint8(decode(video_vae, latents, config.decode_frames)))
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}; quote the prompts")
+  logging.set_verbosity(logging.WARNING)  # Orbax logs a page for every save
+  values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)}
+  config = _CONFIG.value
+  try:
+    values["durations"] = tuple(int(n) for n in values["durations"])
+    options = Options(**{**values, "prompt": tuple(values["prompt"])})
+    if options.resume:
+      # Settings of the saved run, but for what this command line overrides.
+      saved = snapshots.find(options.resume, options.rewind_to)
+      overrides = config_flags.get_override_values(flags.FLAGS["config"])
+      config = ml_collections.ConfigDict(store.load_metadata(saved)["config"])
+      config.update_from_flattened_dict(overrides)
+    result = run(config, options)
+  except (ValueError, OSError, FloatingPointError) as error:
+    sys.exit(f"error: {error}")
+  print(json.dumps({k: result[k] for k in ("videos", "speed", "state")}, indent=2))
+  if result["stopped_by"] or result["error"]:
+    sys.exit(f"stopped: {result['error'] or result['stopped_by']}")
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

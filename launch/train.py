@@ -1,0 +1,313 @@
+"""Trains the causal DiT by teacher-forced flow matching, with its text encoder.
+
+Clips and captions from a folder, latents from a frozen VAE, one device. The commands
+are in configs/train.py. A run that is started again with the same workdir goes on
+where its last checkpoint was, to the same losses bit for bit. Ctrl-C or SIGTERM saves
+first. At the end (and only then) `workdir/model` holds the averaged weights as
+inference checkpoints, with tokenizer.json beside them.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from absl import app
+from absl import logging as absl_logging
+from flax import nnx
+from ml_collections import config_flags
+
+from longlive_jax.checkpoint import store
+from longlive_jax.data.clips import ClipSource, clip_source
+from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
+from longlive_jax.models import dit, umt5
+from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
+from longlive_jax.train import flow, latents, loop
+from longlive_jax.train import state as train_state
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", "configs/train.py:toy", "Settings; override with --config.NAME=VALUE."
+)
+log = logging.getLogger("train")
+DTYPES = ("bfloat16", "float32")
+
+
+def train(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """Runs a training from start or checkpoint to its end; returns the last metrics."""
+  # ------------------------------------------------------------------ settings
+  dit_config, text_config = check(config)
+  frames_per_chunk = config.data.frames_per_chunk
+  views = latents.ViewSettings(**config.view)
+  flow_settings = flow.FlowSettings(frames_per_chunk=frames_per_chunk, **config.flow)
+  optimizer_settings = train_state.OptimizerSettings(
+    steps=config.steps, **config.optimizer
+  )
+  workdir = Path(config.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+
+  # ------------------------------------------------------------------ data
+  source = clip_source(config.data.folder)
+  vae = store.load_vae(config.vae, dtype=jnp.float32)
+  if vae.config.z_dim != dit_config.in_channels:
+    raise ValueError(
+      f"vae={config.vae!r} makes {vae.config.z_dim} channels, dit={config.dit!r} reads "
+      f"{dit_config.in_channels}; choose a pair that fits"
+    )
+  tokenizer = make_tokenizer(config, text_config, source, workdir)
+  if config.data.encode_once:
+    data = config.data
+
+    def encode() -> latents.LatentClips:
+      return latents.encode_clips(
+        source,
+        vae,
+        chunks=data.chunks,
+        frames_per_chunk=frames_per_chunk,
+        batch=data.encode_batch,
+        threads=data.threads,
+      )
+
+    began = time.perf_counter()
+    content = fingerprint(data.folder, config.vae)
+    clips = latents.cached_clips(
+      Path(data.latents) if data.latents else None,
+      f"{content} {data.chunks} {frames_per_chunk}",
+      encode,
+    )
+    log.info("%d clips ready in %.0f s", len(clips), time.perf_counter() - began)
+    batches = latents.sequence_batches(
+      clips,
+      tokenizer,
+      config.batch_size,
+      views,
+      frames_per_chunk=frames_per_chunk,
+      seed=config.seed,
+    )
+  else:
+    batches = latents.StreamedBatches(
+      source,
+      vae,
+      tokenizer,
+      config.batch_size,
+      views,
+      chunks=config.data.chunks,
+      frames_per_chunk=frames_per_chunk,
+      seed=config.seed,
+      threads=config.data.threads,
+    )
+
+  # ------------------------------------------------------------------ networks
+  params = init_params(config, dit_config, text_config)
+  for name, network in params.items():
+    count = sum(a.size for a in jax.tree.leaves(network))
+    log.info("%s: %.2f million parameters", name, count / 1e6)
+  frozen = {"dit": False, "text": True} if config.train_text == "frozen" else None
+  optimizer = train_state.make_optimizer(optimizer_settings, frozen)
+  state = train_state.init_state(params, optimizer)
+
+  # ------------------------------------------------------------------ one step
+  loss_fn = make_loss(config, dit_config, flow_settings)
+  schedule = train_state.learning_rate(optimizer_settings)
+  key = jax.random.key(config.seed)
+
+  def step_fn(state, batch):
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    step_key = jax.random.fold_in(key, state.step)
+    (loss, metrics), gradients = gradient_fn(state.params, batch, step_key)
+    metrics["loss"] = loss
+    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["learning_rate"] = schedule(state.step)
+    state = train_state.update(
+      state,
+      gradients,
+      optimizer,
+      ema_decay=config.ema_decay,
+      ema_start=config.ema_start,
+    )
+    return state, metrics
+
+  step_fn = jax.jit(step_fn, donate_argnums=0)
+
+  # ------------------------------------------------------------------ resume
+  checkpoints = loop.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+  if checkpoints.steps():
+    state, iterator_state = checkpoints.restore(state)
+    batches.set_state(iterator_state)
+    log.info("resumed at step %d", state.step)
+  first = int(state.step)
+
+  # ------------------------------------------------------------------ the loop
+  metrics_log = loop.MetricsLog(workdir / "metrics.jsonl", first)
+  line: dict[str, float] = {}
+  with loop.stop_on_signal() as stop:
+    for step in range(first + 1, config.steps + 1):
+      state, metrics = step_fn(state, next(batches))
+      metrics_log.add(metrics)
+      if step % config.log_every == 0 or step == config.steps:
+        line = metrics_log.write(step)
+        log.info(
+          "step %d  loss %.4f  gradient %.2f  %.1f steps/s",
+          step,
+          line["loss"],
+          line["gradient_norm"],
+          line["steps_per_second"],
+        )
+      if step % config.checkpoint_every == 0 or step == config.steps or stop:
+        checkpoints.save(step, state, batches.get_state())
+      if stop:
+        log.warning("%s: saved step %d; start again to go on", stop.name, step)
+        break
+
+  # ------------------------------------------------------------------ result
+  if int(state.step) == config.steps:
+    export(state, tokenizer, workdir / "model", config.export_dtype)
+    log.info("wrote %s", workdir / "model")
+  return line
+
+
+# -------------------------------------------------------------------------- parts
+
+
+def check(
+  config: ml_collections.ConfigDict,
+) -> tuple[dit.WanConfig, umt5.UMT5Config]:
+  """Refuses settings that cannot work, before anything is read or built.
+
+  Raises:
+    ValueError: names the field, its value and what to use instead.
+  """
+  dit_config = dit.size(config.dit)
+  if config.text not in umt5.UMT5_SIZES:
+    raise ValueError(f"text={config.text!r} is unknown; use {sorted(umt5.UMT5_SIZES)}")
+  text_config = umt5.UMT5_SIZES[config.text]
+  if text_config.dim != dit_config.text_dim:
+    raise ValueError(
+      f"text={config.text!r} has width {text_config.dim}, dit={config.dit!r} reads "
+      f"{dit_config.text_dim}; choose sizes that belong together"
+    )
+  if config.train_text not in ("joint", "frozen"):
+    raise ValueError(f"train_text={config.train_text!r}; use 'joint' or 'frozen'")
+  for name in ("dtype", "export_dtype"):
+    if config[name] not in DTYPES:
+      raise ValueError(f"{name}={config[name]!r}; use {' or '.join(DTYPES)}")
+  if config.data.chunks < config.view.window:
+    raise ValueError(
+      f"data.chunks={config.data.chunks} must be at least "
+      f"view.window={config.view.window}"
+    )
+  for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+    if config[name] < 1:
+      raise ValueError(f"{name}={config[name]} must be at least 1")
+  return dit_config, text_config
+
+
+def make_loss(
+  config: ml_collections.ConfigDict,
+  dit_config: dit.WanConfig,
+  settings: flow.FlowSettings,
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+  """loss(params, batch, key) -> (loss, metrics)."""
+  features = dit.time_features(
+    flow.timestep_table(settings.shift), dit_config.freq_dim
+  )  # (1001, freq_dim), one row an index
+
+  def loss_fn(params, batch, key):
+    params = train_state.cast(params, config.dtype)
+    b, segments, k = batch["ids"].shape
+    ids, text_mask = batch["ids"], batch["text_mask"]
+    context = params["text"](ids.reshape(-1, k), text_mask.reshape(-1, k))
+    context = context.reshape(b, segments, k, -1)
+    if config.train_text == "frozen":
+      context = jax.lax.stop_gradient(context)
+    table = jnp.asarray(features)
+
+    def network(inputs: flow.FlowInputs) -> jax.Array:
+      return dit.train_forward(
+        params["dit"],
+        inputs.noisy,
+        table[inputs.index],
+        context,
+        frames_per_chunk=settings.frames_per_chunk,
+        clean=inputs.context,
+        clean_time=table[inputs.context_index],
+      )
+
+    return flow.ar_loss(network, batch, key, settings)
+
+  return loss_fn
+
+
+def make_tokenizer(
+  config: ml_collections.ConfigDict,
+  text_config: umt5.UMT5Config,
+  source: ClipSource,
+  workdir: Path,
+) -> Tokenizer:
+  """The given tokenizer, or one learned from the captions and kept in workdir."""
+  path = Path(config.tokenizer or workdir / "tokenizer.json")
+  if not config.tokenizer and config.init:
+    path = Path(config.init) / "tokenizer.json"
+  elif not config.tokenizer and not path.exists():
+    captions = [c for clip in source for c in read_captions(clip.captions)]
+    train_toy_tokenizer([SCENE_CUT_PREFIX, *captions], path, text_config.vocab_size)
+  tokenizer = Tokenizer(path, text_config.text_len)
+  if tokenizer.vocab_size > text_config.vocab_size:
+    raise ValueError(
+      f"tokenizer={str(path)!r} has {tokenizer.vocab_size} tokens, more than the "
+      f"{text_config.vocab_size} of text={config.text!r}; use a matching pair"
+    )
+  return tokenizer
+
+
+def init_params(
+  config: ml_collections.ConfigDict,
+  dit_config: dit.WanConfig,
+  text_config: umt5.UMT5Config,
+) -> dict[str, nnx.Module]:
+  """Both networks in float32, random or from `config.init`."""
+  if config.init:
+    folder = Path(config.init)
+    params = {
+      "dit": store.load_dit(folder / "dit"),
+      "text": store.load_umt5(folder / "text"),
+    }
+    return train_state.cast(params, jnp.float32)
+
+  @jax.jit  # one program instead of one for every shape
+  def init(key):
+    dit_key, text_key = jax.random.split(key)
+    return {
+      "dit": dit.CausalDiT(dit_config, rngs=nnx.Rngs(dit_key)),
+      "text": umt5.UMT5Encoder(text_config, rngs=nnx.Rngs(text_key)),
+    }
+
+  return init(jax.random.key(config.seed))
+
+
+def export(
+  state: train_state.TrainState, tokenizer: Tokenizer, folder: Path, dtype: str
+) -> None:
+  """Writes the averaged weights as inference checkpoints, and the tokenizer."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, network in train_state.cast(state.ema, dtype).items():
+    store.save_network(folder / name, network, source="launch/train.py", overwrite=True)
+  shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config.NAME=VALUE")
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax reports every rename
+  for name in ("train", "longlive_jax"):
+    logging.getLogger(name).setLevel(logging.INFO)
+  train(_CONFIG.value)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,370 @@
+"""A video as a stream: the chunk step driven from Python, decoded while it runs.
+
+    state = init_state(model, vae, sampling, key=..., samples=..., y=44, x=80)
+    for chunk in stream(model, vae, state, story, sampling):
+      writer.append(chunk.frames[0])
+
+Everything that persists between chunks is one pytree, `StreamState`. Saved, it resumes
+to the same bytes; kept, it can be rewound to and branched from. There is one compiled
+program for every chunk, whatever its prompt, its shot and the length of the video.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.generate import sampler
+from longlive_jax.generate.sampler import Sampling
+from longlive_jax.layers.kv_cache import KVCache
+from longlive_jax.models import dit, vae
+from longlive_jax.parallel import mesh as meshes
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StreamState:
+  """Where a stream of b videos stands.
+
+  Attributes:
+    cache: keys and values, b * sampling.branches rows.
+    decoder: the VAE's state, or None when only latents are wanted.
+    key: key data of the noise, uint32 (see jax.random.key_data).
+    samples: int32 (b,), identity of each video for its noise.
+    chunk: int32 (), number of the next new chunk.
+    frame: int32 (), its first latent frame.
+    finite: bool (), every latent so far was finite.
+    latent_shape: (y, x, c), static.
+  """
+
+  cache: KVCache
+  decoder: vae.DecoderState | None
+  key: Array
+  samples: Array
+  chunk: Array
+  frame: Array
+  finite: Array
+  latent_shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+  """What happens when: the arrays of a storyboard with their embeddings.
+
+  Attributes:
+    embeddings: (prompts, k, text_dim).
+    negative: embedding of the negative prompt (k, text_dim); None if unguided.
+    prompt_index: int32 (chunks, b) into embeddings.
+    cut: bool (chunks, b), the chunk starts a new shot.
+    shot: int32 (chunks, b), number of the shot.
+  """
+
+  embeddings: np.ndarray
+  negative: np.ndarray | None
+  prompt_index: np.ndarray
+  cut: np.ndarray
+  shot: np.ndarray
+
+  def __post_init__(self):
+    if not self.prompt_index.shape == self.cut.shape == self.shot.shape:
+      raise ValueError(
+        f"prompt_index {self.prompt_index.shape}, cut {self.cut.shape} and shot "
+        f"{self.shot.shape} must have one shape (chunks, b)"
+      )
+
+  @property
+  def chunks(self) -> int:
+    return self.prompt_index.shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedChunk:
+  """One chunk of every video.
+
+  Attributes:
+    index: chunk number; None for latents that were given.
+    latents: (b, f, y, x, c) on the device.
+    frames: uint8 (b, t, h, w, 3) on the host; None without a VAE.
+  """
+
+  index: int | None
+  latents: Array
+  frames: np.ndarray | None
+
+
+def init_state(
+  model: dit.CausalDiT,
+  video_vae: vae.VideoVAE | None,
+  sampling: Sampling,
+  *,
+  key: Array,
+  samples: np.ndarray,
+  y: int,
+  x: int,
+) -> StreamState:
+  """The state before the first chunk of len(samples) videos of y x x latents.
+
+  Raises:
+    ValueError: when y or x is odd (a token is 2 x 2).
+  """
+  patch = model.config.patch
+  for name, value in (("height", y), ("width", x)):
+    if value % patch:
+      raise ValueError(f"{name} of {value} latents must be a multiple of {patch}")
+  batch = len(samples)
+  state = StreamState(
+    cache=sampler.init_cache(model, sampling, batch, y, x),
+    decoder=vae.init_decoder_state(video_vae, batch, y, x) if video_vae else None,
+    key=jax.random.key_data(key),
+    samples=jnp.asarray(samples, jnp.int32),
+    chunk=jnp.int32(0),
+    frame=jnp.int32(0),
+    finite=jnp.bool_(True),
+    latent_shape=(y, x, model.config.in_channels),
+  )
+  # Committed, as what the steps return is: else the second chunk compiles again.
+  return jax.device_put(state, jax.devices()[0])
+
+
+def shard_state(state: StreamState, mesh: jax.sharding.Mesh) -> StreamState:
+  """Splits the videos of a stream over the devices of a mesh."""
+  cache = dataclasses.replace(
+    meshes.shard_batch(dataclasses.replace(state.cache, k=None, v=None), mesh),
+    k=meshes.shard_batch(state.cache.k, mesh, axis=1),
+    v=meshes.shard_batch(state.cache.v, mesh, axis=1),
+  )
+  whole = (state.key, state.chunk, state.frame, state.finite)
+  key, chunk, frame, finite = meshes.replicate(whole, mesh)
+  return StreamState(
+    cache=cache,
+    decoder=meshes.shard_batch(state.decoder, mesh),
+    key=key,
+    samples=meshes.shard_batch(state.samples, mesh),
+    chunk=chunk,
+    frame=frame,
+    finite=finite,
+    latent_shape=state.latent_shape,
+  )
+
+
+def copy_state(state: StreamState) -> StreamState:
+  """A copy to come back to: the stream reuses the memory of the original."""
+  return jax.tree.map(jnp.copy, state)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
+def _denoise(model, cache, chunk, sampling):
+  latents, cache = sampler.denoise_chunk(model, cache, chunk, sampling)
+  return latents, jnp.all(jnp.isfinite(latents)), cache
+
+
+@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
+def _remember(model, cache, latents, chunk, sampling):
+  return sampler.clean_pass(model, cache, latents, chunk, sampling)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
+def _decode(video_vae, decoder, latents, frames_per_call):
+  """Frames uint8 (b, t, h, w, 3), placeholders included, their number, the state."""
+  b, f, *shape = latents.shape
+
+  def step(decoder, piece):
+    frames, dropped, decoder = vae.decode_chunk(video_vae, decoder, piece)
+    return decoder, (vae.to_uint8(frames), dropped)
+
+  pieces = latents.reshape(b, f // frames_per_call, frames_per_call, *shape)
+  decoder, (frames, dropped) = jax.lax.scan(step, decoder, pieces.swapaxes(0, 1))
+  frames = frames.swapaxes(0, 1)
+  return frames.reshape(b, -1, *frames.shape[3:]), dropped[0], decoder
+
+
+_noise = jax.jit(
+  lambda key, samples, frames, shape: sampler.frame_noise(
+    jax.random.wrap_key_data(key), samples, frames, shape
+  ),
+  static_argnums=3,
+)
+
+
+def compiled_programs() -> dict[str, int]:
+  """How many programs the stream has compiled so far, by step."""
+  steps = {"denoise": _denoise, "remember": _remember, "decode": _decode}
+  return {name: step._cache_size() for name, step in steps.items()}
+
+
+def stream(
+  model: dit.CausalDiT,
+  video_vae: vae.VideoVAE | None,
+  state: StreamState,
+  story: Story,
+  sampling: Sampling,
+  *,
+  image: Array | None = None,
+  given: Array | None = None,
+  decode_frames: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
+  on_state: Callable[[int, StreamState], None] | None = None,
+) -> Iterator[StreamedChunk]:
+  """Generates the story's chunks from `state.chunk` on.
+
+  The next chunk is already being denoised while the frames of the last one are
+  fetched. The memory of `state` is reused: keep `copy_state(state)` to branch.
+
+  Args:
+    model, video_vae: networks; without a VAE only latents come out.
+    state: from init_state, a saved state, or `copy_state` of one.
+    story: of state.samples' videos.
+    sampling: static.
+    image: latents (b, m, y, x, c) that the first m frames are held to, m at most a
+      chunk: image-to-video. Only looked at while state.chunk is 0.
+    given: latents (b, f, y, x, c) that the video starts with; they are remembered,
+      decoded and handed out first. Only looked at while state.frame is 0.
+    decode_frames: latent frames that the VAE decodes at a time.
+    mesh: spreads the videos over devices; the state must be sharded alike.
+    should_stop: asked before each chunk; what is under way is still handed out.
+    on_state: called with the number of chunks done and the state, before the next
+      chunk reuses its memory; copy or save it there.
+
+  Yields:
+    StreamedChunk, given latents first.
+
+  Raises:
+    ValueError: given latents, image or story that do not fit.
+    FloatingPointError: a latent is not finite; names the chunk.
+  """
+  config, n = model.config, sampling.frames_per_chunk
+  b = state.samples.shape[0]
+  _check(state, story, sampling, image, given)
+  put = functools.partial(meshes.shard_batch, mesh=mesh) if mesh else (lambda t: t)
+
+  def inputs(index, frame, noise, known):
+    """Inputs of chunk `index` of the story, at latent frame `frame`."""
+    b, f = noise.shape[:2]
+    frames = np.tile(np.arange(frame, frame + f, dtype=np.int32), (b, 1))
+    fixed = np.zeros((b, f), bool)
+    held = np.zeros(noise.shape, np.float32)
+    if known is not None:
+      fixed[:, : known.shape[1]] = True
+      held[:, : known.shape[1]] = known
+    text = story.embeddings[story.prompt_index[index]]
+    negative = None
+    if sampling.branches == 2:
+      negative = np.broadcast_to(story.negative, text.shape)
+    chunk = sampler.ChunkInputs(
+      noise=noise,
+      text=text,
+      negative=negative,
+      frames=frames,
+      temporal=sampler.chunk_temporal(config, sampling, frames, story.shot[index]),
+      cut=story.cut[index],
+      known=fixed,
+      given=held,
+    )
+    return put(chunk)
+
+  def decode(decoder, latents):
+    if decoder is None:
+      return None, None
+    frames, dropped, decoder = _decode(
+      video_vae, decoder, latents, _divisor(latents.shape[1], decode_frames)
+    )
+    for array in (frames, dropped):
+      array.copy_to_host_async()
+    return (frames, dropped), decoder
+
+  index, frame = int(state.chunk), int(state.frame)
+  pending = None
+  if given is not None and frame == 0:
+    for length in _lengths(given.shape[1], n, sampling.independent_first_frame):
+      piece = put(jnp.asarray(given[:, frame : frame + length], jnp.float32))
+      chunk = inputs(0, frame, piece, None)
+      chunk = dataclasses.replace(chunk, cut=jnp.zeros_like(chunk.cut))
+      cache = _remember(model, state.cache, piece, chunk, sampling)
+      frames, decoder = decode(state.decoder, piece)
+      frame += length
+      state = dataclasses.replace(
+        state, cache=cache, decoder=decoder, frame=state.frame + length
+      )
+      yield _fetch(None, piece, None, frames)
+
+  while index < story.chunks and not should_stop():
+    alone = sampling.independent_first_frame and frame == 0 and image is None
+    length = 1 if alone else n
+    frames = np.tile(np.arange(frame, frame + length, dtype=np.int32), (b, 1))
+    noise = _noise(state.key, state.samples, put(frames), state.latent_shape)
+    chunk = inputs(index, frame, noise, image if index == 0 else None)
+    latents, finite, cache = _denoise(model, state.cache, chunk, sampling)
+    decoded, decoder = decode(state.decoder, latents)
+    index, frame = index + 1, frame + length
+    state = dataclasses.replace(
+      state,
+      cache=cache,
+      decoder=decoder,
+      chunk=state.chunk + 1,
+      frame=state.frame + length,
+      finite=state.finite & finite,
+    )
+    if pending is not None:
+      yield _fetch(*pending)
+    pending = (index - 1, latents, finite, decoded)
+    if on_state is not None:
+      on_state(index, state)
+  if pending is not None:
+    yield _fetch(*pending)
+
+
+def _check(state, story, sampling, image, given) -> None:
+  """Raises ValueError for inputs that do not fit the stream."""
+  b, n = state.samples.shape[0], sampling.frames_per_chunk
+  if story.prompt_index.shape[1] != b:
+    raise ValueError(
+      f"the story is for {story.prompt_index.shape[1]} videos, the state for {b}"
+    )
+  if sampling.branches == 2 and story.negative is None:
+    raise ValueError(f"guidance={sampling.guidance} needs Story.negative")
+  for name, latents in (("image", image), ("given", given)):
+    if latents is None:
+      continue
+    want = (b, latents.shape[1], *state.latent_shape)
+    if latents.shape != want:
+      raise ValueError(f"{name} has shape {latents.shape}; must be {want}")
+  if image is not None and image.shape[1] > n:
+    raise ValueError(
+      f"image has {image.shape[1]} latent frames; at most frames_per_chunk={n}"
+    )
+  if given is not None:
+    first = 1 if sampling.independent_first_frame else 0
+    if given.shape[1] < 1 or (given.shape[1] - first) % n:
+      raise ValueError(
+        f"given has {given.shape[1]} latent frames; must be {first} plus a multiple "
+        f"of frames_per_chunk={n}"
+      )
+
+
+def _lengths(frames: int, n: int, first_alone: bool) -> list[int]:
+  """Chunk lengths that make up a number of given frames."""
+  return [1] * first_alone + [n] * ((frames - first_alone) // n)
+
+
+def _divisor(frames: int, most: int) -> int:
+  """The largest divisor of `frames` that is at most `most`."""
+  return next(d for d in range(max(1, min(most, frames)), 0, -1) if frames % d == 0)
+
+
+def _fetch(index, latents, finite, decoded) -> StreamedChunk:
+  """Waits for a chunk and brings its frames to the host."""
+  if finite is not None and not bool(finite):
+    raise FloatingPointError(
+      f"chunk={index} has latents that are not finite; the weights or the guidance "
+      "scale are likely at fault"
+    )
+  if decoded is None:
+    return StreamedChunk(index, latents, None)
+  frames, dropped = jax.device_get(decoded)
+  return StreamedChunk(index, latents, frames[:, int(dropped[0]) :])

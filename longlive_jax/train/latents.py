@@ -1,0 +1,286 @@
+"""Clips encoded once into memory, and batches of training sequences from them.
+
+A toy clip of 12 chunks is 96 latent frames of 8 x 8 x 16 numbers: 400 KB in float32
+against 19 MB of pixels. So a frozen VAE needs to run only once, before training.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.data.clips import ClipSource, clip_batches, load_clips
+from longlive_jax.models.text import Tokenizer
+from longlive_jax.models.vae import VideoVAE, encode
+from longlive_jax.train.context import draw_view
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentClips:
+  """A set of clips of equal length, on the host.
+
+  Attributes:
+    latents: (n, f, y, x, c) float32.
+    cuts: (n, chunks) bool.
+    prompts: n tuples of `chunks` strings.
+  """
+
+  latents: np.ndarray
+  cuts: np.ndarray
+  prompts: tuple[tuple[str, ...], ...]
+
+  def __len__(self) -> int:
+    return len(self.latents)
+
+  def captions(self) -> list[str]:
+    """Every prompt that occurs, once, in order of first use."""
+    return list(dict.fromkeys(p for prompts in self.prompts for p in prompts))
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewSettings:
+  """How sequences are cut out of clips; see train/context.py.
+
+  Attributes:
+    window: chunks of a sequence, and of the cache at generation.
+    plain, no_sink: probabilities of `draw_view`.
+    sink, multi_shot_sink: rules of `window_chunks`.
+    clean_recache: probability of that rule: generation may use it or not.
+    caption_dropout: probability that a sequence gets the empty prompt throughout,
+      which classifier-free guidance needs.
+  """
+
+  window: int = 4
+  plain: float = 0.15
+  no_sink: float = 0.1
+  sink: bool = True
+  multi_shot_sink: bool = True
+  clean_recache: float = 0.5
+  caption_dropout: float = 0.1
+
+  def draw(
+    self, cuts: Sequence[bool], rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.ndarray]:
+    return draw_view(
+      cuts,
+      rng,
+      self.window,
+      plain=self.plain,
+      no_sink=self.no_sink,
+      sink=self.sink,
+      multi_shot_sink=self.multi_shot_sink,
+      clean_recache=rng.random() < self.clean_recache,
+    )
+
+
+def encode_clips(
+  source: ClipSource,
+  vae: VideoVAE,
+  *,
+  chunks: int,
+  frames_per_chunk: int,
+  batch: int = 8,
+  threads: int = 8,
+) -> LatentClips:
+  """Reads and encodes every readable clip of a folder.
+
+  Args:
+    source: the folder.
+    vae: the frozen VAE, in the dtype it should compute in.
+    chunks: chunks taken from the start of each clip; shorter clips are skipped.
+    frames_per_chunk: latent frames of a chunk.
+    batch: clips encoded in one call.
+    threads: clips read at a time.
+
+  Raises:
+    ValueError: no clip of the folder could be used.
+  """
+  run = _encoder(frames_per_chunk)
+  pieces, cuts, prompts = [], [], []
+  for start in range(0, len(source), batch):
+    part = ClipSource(source[start : start + batch])
+    clips = load_clips(
+      part, chunks=chunks, frames_per_chunk=frames_per_chunk, threads=threads
+    )
+    if not clips:
+      continue
+    frames = np.stack([clip["frames"] for clip in clips])
+    # The last batch is filled up: one shape, one program.
+    short = batch - len(frames)
+    frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+    # Not fetched yet: the device encodes while the next clips are read.
+    pieces.append(run(vae, frames)[: len(clips)])
+    cuts += [clip["cuts"] for clip in clips]
+    prompts += [tuple(clip["prompts"]) for clip in clips]
+    if (start // batch) % 50 == 0:
+      _log.info("encoded %d of %d clips", len(prompts), len(source))
+  if not prompts:
+    raise ValueError(
+      f"none of {len(source)} clips has {chunks} chunks of {frames_per_chunk} latent "
+      "frames; use a smaller chunks"
+    )
+  latents = np.concatenate([np.asarray(piece, np.float32) for piece in pieces])
+  return LatentClips(latents=latents, cuts=np.stack(cuts), prompts=tuple(prompts))
+
+
+def cached_clips(
+  folder: Path | None, identity: str, encode: Callable[[], LatentClips]
+) -> LatentClips:
+  """What `encode` returns, kept in a folder for the next run.
+
+  A run that resumes must read the same bytes: encoding again may round differently,
+  because a GPU chooses its convolution algorithms by timing them.
+
+  Args:
+    folder: of the cache; None keeps nothing.
+    identity: changes when the clips or the VAE do; another one encodes again.
+    encode: called if the cache does not fit.
+  """
+  if folder is None:
+    return encode()
+  record = folder / "about.json"
+  try:
+    about = json.loads(record.read_text())
+    if about["identity"] == identity:
+      prompts = tuple(tuple(row) for row in about["prompts"])
+      cuts = np.array(about["cuts"], bool)
+      return LatentClips(np.load(folder / "latents.npy"), cuts, prompts)
+  except (OSError, ValueError, KeyError, TypeError):  # absent or half written
+    pass
+  clips = encode()
+  folder.mkdir(parents=True, exist_ok=True)
+  record.unlink(missing_ok=True)  # written last: with it, the cache is whole
+  np.save(folder / "latents.npy", clips.latents)
+  about = {
+    "identity": identity,
+    "cuts": clips.cuts.tolist(),
+    "prompts": clips.prompts,
+  }
+  record.write_text(json.dumps(about))
+  return clips
+
+
+def encode_frames(vae: VideoVAE, frames: jax.Array, frames_per_call: int) -> jax.Array:
+  """uint8 frames (b, t, h, w, 3) to latents (b, f, y, x, c) float32."""
+  dtype = jax.tree.leaves(vae)[0].dtype
+  video = frames.astype(jnp.float32) / 127.5 - 1
+  return encode(vae, video.astype(dtype), frames_per_call).astype(jnp.float32)
+
+
+def _encoder(frames_per_call: int) -> Callable[[VideoVAE, np.ndarray], jax.Array]:
+  return jax.jit(lambda vae, frames: encode_frames(vae, frames, frames_per_call))
+
+
+class Prompts:
+  """Tokens of known prompts, by number; the last one is the empty prompt."""
+
+  def __init__(self, tokenizer: Tokenizer, captions: Sequence[str]):
+    self._number = {caption: i for i, caption in enumerate(captions)}
+    self._ids, self._mask = tokenizer([*captions, ""])
+
+  def rows(self, prompts: Sequence[str], dropped: bool) -> dict[str, np.ndarray]:
+    """ids and text_mask (len(prompts), k) int32; `dropped` gives the empty prompt."""
+    rows = [-1 if dropped else self._number[prompt] for prompt in prompts]
+    return {"ids": self._ids[rows], "text_mask": self._mask[rows]}
+
+
+def sequence_batches(
+  clips: LatentClips,
+  tokenizer: Tokenizer,
+  batch_size: int,
+  views: ViewSettings,
+  *,
+  frames_per_chunk: int,
+  seed: int,
+) -> grain.DatasetIterator:
+  """Endless shuffled batches of training sequences; its state resumes exactly.
+
+  Each batch, with w = views.window chunks a sequence:
+    latents (b, w * frames_per_chunk, y, x, c) float32
+    mask (b, w * frames_per_chunk) float32, 1 where the loss counts
+    ids, text_mask (b, w, k) int32, the tokens of each chunk's prompt
+  """
+  prompts = Prompts(tokenizer, clips.captions())
+
+  def sequence(index: int, rng: np.random.Generator) -> dict[str, Any]:
+    chunks, counts = views.draw(clips.cuts[index], rng)
+    dropped = rng.random() < views.caption_dropout
+    frames = chunks[:, None] * frames_per_chunk + np.arange(frames_per_chunk)
+    return {
+      "latents": clips.latents[index][frames.ravel()],
+      "mask": np.repeat(counts, frames_per_chunk),
+      **prompts.rows([clips.prompts[index][c] for c in chunks], dropped),
+    }
+
+  samples = grain.MapDataset.range(len(clips)).seed(seed).shuffle().repeat()
+  batches = samples.random_map(sequence).batch(batch_size, drop_remainder=True)
+  return iter(batches.to_iter_dataset(grain.ReadOptions(8, 32)))
+
+
+class StreamedBatches:
+  """The same batches, clips read and encoded as they come: for sets beyond memory."""
+
+  def __init__(
+    self,
+    source: ClipSource,
+    vae: VideoVAE,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    views: ViewSettings,
+    *,
+    chunks: int,
+    frames_per_chunk: int,
+    seed: int,
+    threads: int = 8,
+  ):
+    self._clips = clip_batches(
+      source,
+      batch_size,
+      seed=seed,
+      chunks=chunks,
+      frames_per_chunk=frames_per_chunk,
+      threads=threads,
+    )
+    self._vae, self._tokenizer, self._views = vae, tokenizer, views
+    self._encode = _encoder(frames_per_chunk)
+    self._frames_per_chunk, self._seed, self._count = frames_per_chunk, seed, 0
+
+  def get_state(self) -> dict[str, Any]:
+    return {"clips": self._clips.get_state(), "count": self._count}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._clips.set_state(state["clips"])
+    self._count = state["count"]
+
+  def __next__(self) -> dict[str, Any]:
+    batch = next(self._clips)
+    # A generator of its own for each batch: nothing to save but the count.
+    rng = np.random.default_rng((self._seed, self._count))
+    self._count += 1
+    n, rows = self._frames_per_chunk, []
+    frames, masks = [], []
+    for cuts, clip_prompts in zip(batch["cuts"], batch["prompts"], strict=True):
+      chunks, counts = self._views.draw(cuts, rng)
+      dropped = rng.random() < self._views.caption_dropout
+      shown = ["" if dropped else clip_prompts[c] for c in chunks]
+      rows.append(self._tokenizer(shown))
+      frames.append((chunks[:, None] * n + np.arange(n)).ravel())
+      masks.append(np.repeat(counts, n))
+    latents = self._encode(self._vae, batch["frames"])
+    index = np.stack(frames)[:, :, None, None, None]
+    ids, text_mask = (np.stack(column) for column in zip(*rows, strict=True))
+    return {
+      "latents": jnp.take_along_axis(latents, index, axis=1),
+      "mask": np.stack(masks),
+      "ids": ids,
+      "text_mask": text_mask,
+    }

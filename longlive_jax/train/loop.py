@@ -1,0 +1,117 @@
+"""What any training script needs around its step: signals, metrics, checkpoints."""
+
+import contextlib
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from longlive_jax.checkpoint import store
+
+
+class StopFlag:
+  """Whether someone asked to stop."""
+
+  def __init__(self):
+    self.name = ""
+
+  def __bool__(self) -> bool:
+    return bool(self.name)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopFlag]:
+  """Ctrl-C and SIGTERM set the flag; a second Ctrl-C interrupts as usual.
+
+  The loop looks at the flag between steps, so that what it saves is a whole state.
+  """
+  flag = StopFlag()
+  earlier = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+  def stop(number, frame):
+    flag.name = signal.Signals(number).name
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  for number in earlier:
+    signal.signal(number, stop)
+  try:
+    yield flag
+  finally:
+    for number, handler in earlier.items():
+      signal.signal(number, handler)
+
+
+class MetricsLog:
+  """Means of step metrics, appended to metrics.jsonl.
+
+  Metrics stay on the device until a line is written: fetching every step would stall
+  the device.
+  """
+
+  def __init__(self, path: Path, step: int):
+    self.path = path
+    self._pending: list[dict[str, jax.Array]] = []
+    self._since = (time.perf_counter(), step)
+    if path.exists():
+      # A run that was killed may have logged steps that its checkpoint does not have.
+      lines = path.read_text().splitlines()
+      kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+      path.write_text("".join(line + "\n" for line in kept))
+
+  def add(self, metrics: dict[str, jax.Array]) -> None:
+    self._pending.append(metrics)
+
+  def write(self, step: int) -> dict[str, float]:
+    """Appends one line and returns it.
+
+    Raises:
+      FloatingPointError: the loss is not finite; names the step. The line is written.
+    """
+    fetched = jax.device_get(self._pending)
+    self._pending = []
+    now = time.perf_counter()
+    began, first = self._since
+    self._since = (now, step)
+    line: dict[str, float] = {"step": step}
+    for name in fetched[0]:
+      line[name] = float(np.mean([metrics[name] for metrics in fetched]))
+    line["steps_per_second"] = (step - first) / (now - began)
+    with self.path.open("a") as file:
+      file.write(json.dumps(line) + "\n")
+    if not np.isfinite(line["loss"]):
+      raise FloatingPointError(
+        f"loss={line['loss']} between steps {first} and {step}; resume from the last "
+        "checkpoint with a smaller optimizer.learning_rate or optimizer.clip"
+      )
+    return line
+
+
+class Checkpoints:
+  """Training checkpoints `folder/<step>`: the state and where the data iterator was."""
+
+  def __init__(self, folder: Path, keep: int):
+    self.folder = folder
+    self.keep = keep
+
+  def steps(self) -> list[int]:
+    """Steps that are saved, ascending. What bears its final name is whole."""
+    return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdecimal())
+
+  def save(self, step: int, state: Any, iterator_state: dict[str, Any]) -> None:
+    """Writes a checkpoint, then removes all but the newest `keep`."""
+    self.folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"step": step, "iterator": iterator_state}
+    store.save(self.folder / str(step), state, metadata, overwrite=True)
+    for old in self.steps()[: -self.keep]:
+      shutil.rmtree(self.folder / str(old))
+
+  def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
+    """The newest state, in the structure of `state`, and the iterator's state."""
+    path = self.folder / str(self.steps()[-1])
+    return store.load(path, state), store.load_metadata(path)["iterator"]

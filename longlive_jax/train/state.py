@@ -1,0 +1,125 @@
+"""The training state, its optimiser and the update."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a step changes. The data iterator's state is saved beside it.
+
+  Attributes:
+    step: () int32, updates made.
+    params: network modules (a module or a dict of them), float32 master weights.
+    ema: exponential moving average of params, same structure.
+    opt_state: of the optimiser.
+  """
+
+  step: jax.Array
+  params: Any
+  ema: Any
+  opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+  """AdamW with linear warmup, cosine decay and gradient clipping.
+
+  Attributes:
+    steps: length of the schedule.
+    learning_rate: at its peak.
+    final_ratio: last learning rate over the peak.
+    warmup: steps until the peak.
+    beta1, beta2, weight_decay: of AdamW.
+    clip: largest global norm of the gradient.
+  """
+
+  steps: int
+  learning_rate: float = 1e-5
+  final_ratio: float = 0.0
+  warmup: int = 0
+  beta1: float = 0.0
+  beta2: float = 0.999
+  weight_decay: float = 0.0
+  clip: float = 10.0
+
+  def __post_init__(self):
+    if not 0 <= self.warmup < self.steps:
+      raise ValueError(
+        f"warmup={self.warmup} must lie in [0, steps={self.steps}); "
+        f"use for example {self.steps // 20}"
+      )
+
+
+def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
+  """The learning rate as a function of the step."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=settings.learning_rate / max(settings.warmup, 1),
+    peak_value=settings.learning_rate,
+    warmup_steps=settings.warmup,
+    decay_steps=settings.steps,
+    end_value=settings.learning_rate * settings.final_ratio,
+  )
+
+
+def make_optimizer(
+  settings: OptimizerSettings, frozen: Any = None
+) -> optax.GradientTransformation:
+  """The optimiser; `frozen` is a tree prefix of params, true where nothing changes."""
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(settings.clip),
+    optax.adamw(
+      learning_rate(settings),
+      b1=settings.beta1,
+      b2=settings.beta2,
+      weight_decay=settings.weight_decay,
+    ),
+  )
+  if frozen is None:
+    return optimizer
+  return optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen))
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """State at step 0, on the first device."""
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema=jax.tree.map(jnp.copy, params),  # own buffers: the state is donated
+    opt_state=optimizer.init(params),
+  )
+  # Committed to its device, as a restored state is: else resuming would compile
+  # another program, which on a GPU may round differently.
+  return jax.device_put(state, jax.devices()[0])
+
+
+def update(
+  state: TrainState,
+  gradients: Any,
+  optimizer: optax.GradientTransformation,
+  *,
+  ema_decay: float,
+  ema_start: int = 0,
+) -> TrainState:
+  """Applies gradients; before step `ema_start` the average simply follows."""
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  decay = jnp.where(state.step < ema_start, 0.0, ema_decay)
+  # Written as a step towards params: old + (1 - decay) * difference keeps the small
+  # increments that decay * old + (1 - decay) * new would round away.
+  ema = jax.tree.map(
+    lambda old, new: old + (1 - decay) * (new - old), state.ema, params
+  )
+  return TrainState(state.step + 1, params, ema, opt_state)
+
+
+def cast(tree: Any, dtype: jnp.dtype) -> Any:
+  """Floating-point leaves in another dtype; the gradient comes back in the first."""
+  return jax.tree.map(
+    lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+  )

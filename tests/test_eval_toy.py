@@ -1,0 +1,115 @@
+"""The evaluation scores a perfect generator with 1 and a forgetful one with less."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import generate as generate_config
+from longlive_jax.checkpoint import store
+from longlive_jax.data import toy_world
+from longlive_jax.models import dit, umt5, vae
+from longlive_jax.models.text import Tokenizer, train_toy_tokenizer
+from tools import eval_toy
+
+
+def chunk_frames(scenes):
+  """The true frames, chunk by chunk."""
+  videos = np.stack([toy_world.render(scene) for scene in scenes])
+  cuts = 32 * np.arange(1, scenes[0].chunks) - 3
+  return np.split(videos, cuts, axis=1)
+
+
+def forgetful(scenes):
+  """Another subject in the second half of the video."""
+  red = toy_world.Subject("ring", "red", "large", "solid")
+  blue = toy_world.Subject("star", "blue", "large", "solid")
+  first = chunk_frames([dataclasses.replace(s, subject=red) for s in scenes])
+  other = chunk_frames([dataclasses.replace(s, subject=blue) for s in scenes])
+  half = len(first) // 2
+  return first[:half] + other[half:]
+
+
+def run(test, generate, videos=3, batch=2):
+  with ThreadPoolExecutor(2) as pool:
+    return eval_toy.evaluate(
+      test, generate, pool, videos=videos, batch=batch, chunks=1, seed=0
+    )
+
+
+def test_true_frames_score_one():
+  scores = run("single", chunk_frames)
+  assert scores.pop("drift") == 0
+  assert set(scores) == {"shape", "colour", "background", "motion", "all four"}
+  assert set(scores.values()) == {1.0}
+  assert set(run("shots", chunk_frames, videos=2).values()) == {1.0}
+
+
+def test_a_forgotten_subject_is_noticed():
+  scores = run("shots", forgetful, videos=2)
+  assert scores["subject kept"] == scores["shape kept"] == scores["colour kept"] == 0
+  assert scores["later background"] == scores["later motion"] == 1
+
+
+def test_minute_is_a_minute():
+  assert toy_world.shot_frames(0, sum(eval_toy.MINUTE)) / toy_world.FPS >= 60
+
+
+def test_sampling_follows_the_config_and_sinks_can_be_off():
+  config = generate_config.get_config("toy")
+  config.steps, config.guidance = 5, 2.0
+  on = eval_toy.sampling_of(config, sinks=True)
+  off = eval_toy.sampling_of(config, sinks=False)
+  assert (on.steps, on.guidance, on.sink_frames) == (5, 2.0, config.sink_frames)
+  assert off.sink_frames == 0 and not off.multi_shot_sink and off.steps == 5
+
+
+def test_networks_generate_what_can_be_scored(tmp_path):
+  scenes = [toy_world.heldout_scene(i, (1, 1)) for i in range(2)]
+  prompts = [p for scene in scenes for p in eval_toy.scene_prompts(scene)]
+  train_toy_tokenizer(prompts, tmp_path / "tokenizer.json", 256)
+  text_config = umt5.UMT5_SIZES["test"]
+  dit_config = dataclasses.replace(dit.SIZES["test"], text_dim=text_config.dim)
+  vae_config = dataclasses.replace(vae.VAE_SIZES["test"], z_dim=dit_config.in_channels)
+  # Filled with numpy: drawing each of its many weights by JAX takes a minute.
+  rng = np.random.default_rng(0)
+  video_vae = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.normal(0, 0.05, leaf.shape), leaf.dtype),
+    store.abstract_network("vae", vae_config),
+  )
+  nets = eval_toy.Networks(
+    model=dit.CausalDiT(dit_config, rngs=nnx.Rngs(0)),
+    vae=video_vae,
+    text=umt5.UMT5Encoder(text_config, rngs=nnx.Rngs(2)),
+    tokenizer=Tokenizer(tmp_path / "tokenizer.json", text_config.text_len),
+  )
+  config = generate_config.get_config("toy")
+  config.steps, config.guidance = 2, 2.0
+  sampling = eval_toy.sampling_of(config, sinks=True)
+  frames = list(eval_toy.generate(nets, sampling, scenes, seed=0, size=64))
+  assert [f.shape for f in frames] == [(2, 29, 64, 64, 3), (2, 32, 64, 64, 3)]
+  assert frames[0].dtype == np.uint8
+
+
+def test_table_has_one_row_a_score():
+  results = {"shots": {"on": {"subject kept": 0.5, "drift": 0.1}, "off": {}}}
+  results["shots"]["off"] = {"subject kept": 0.25, "drift": 0.2}
+  results["single"] = {"on": {"shape": 1.0}}
+  lines = eval_toy.table(results).splitlines()
+  assert lines[2] == "| shots | subject kept | 50.0% | 25.0% |"
+  assert lines[3] == "| shots | drift | 0.100 | 0.200 |"
+  assert lines[4] == "| single | shape | 100.0% |  |"
+
+
+def test_random_or_missing_weights_are_refused(tmp_path):
+  config = generate_config.get_config("toy")
+  config.weights = "random"
+  with pytest.raises(ValueError, match="weights='random'"):
+    eval_toy.load_networks(config)
+  config.weights = str(tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="nowhere"):
+    eval_toy.load_networks(config)

@@ -1,0 +1,325 @@
+"""launch/generate.py end to end, with tiny networks of random weights."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import imageio_ffmpeg
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from longlive_jax.checkpoint import store
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.generate import networks, report, stream
+from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
+from longlive_jax.models.text import train_toy_tokenizer
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def script(path: str):
+  spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture(scope="module")
+def generate():
+  return script("launch/generate.py")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> pathlib.Path:
+  """A folder like the shipped one; no weight is zero, so that everything matters."""
+  folder = tmp_path_factory.mktemp("weights")
+  rng = np.random.default_rng(0)
+  for kind, part in (("dit", "dit"), ("vae", "vae"), ("umt5", "text")):
+    abstract = store.abstract_network(kind, store.NETWORKS[kind][2]["test"])
+    network = jax.tree.map(
+      lambda leaf: rng.normal(0.0, 0.15, leaf.shape).astype(leaf.dtype), abstract
+    )
+    store.save_network(folder / part, network)
+  train_toy_tokenizer(["a red circle on blue"], folder / "tokenizer.json", 97)
+  return folder
+
+
+@pytest.fixture
+def config(weights, tmp_path):
+  config = script("configs/generate.py").get_config("toy")
+  config.update(
+    dict(
+      size="test",
+      vae="test",
+      text="test",
+      weights=str(weights),
+      height=32,
+      width=64,
+      frames_per_chunk=2,
+      window_frames=6,
+      sink_frames=2,
+      steps=2,
+      decode_frames=2,
+      cache_dir=str(tmp_path / "cache"),
+    )
+  )
+  return config
+
+
+def frames_in(path) -> int:
+  return imageio_ffmpeg.count_frames_and_secs(str(path))[0]
+
+
+def test_prompts_to_video(generate, config, tmp_path):
+  out = tmp_path / "out"
+  before = stream.compiled_programs()
+  options = generate.Options(
+    prompt=("a red circle", "on blue"), chunks=4, output=str(out)
+  )
+  result = generate.run(config, options)
+  assert not result["error"] and not result["stopped_by"]
+  after = stream.compiled_programs()
+  assert after["denoise"] - before["denoise"] == 1  # for all chunks and both shots
+  assert after["decode"] - before["decode"] == 1
+  assert result["speed"]["frames"] == frames_in(out / "video.mp4") == 4 * 8 - 3
+  assert result["speed"]["time_to_first_frame_s"] < result["speed"]["total_s"]
+  with Image.open(out / "shots.png") as sheet:
+    assert sheet.size == (2 * 64, 2 * 32)  # two shots, two chunks each
+  saved = json.loads((out / "run.json").read_text())
+  assert saved["chunks"] == [0, 4] and saved["config"]["steps"] == 2
+  assert saved["storyboard"][0]["cuts"] == [False, False, True, False]
+  assert saved["versions"]["jax"] == jax.__version__ and saved["seed"] == 0
+  assert saved["device"]["count"] >= 1
+  # 2 prompts (one with and one without the prefix for shot 1) and the negative one.
+  assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_resume_rewind_and_branch(generate, config, tmp_path):
+  states = str(tmp_path / "states")
+
+  def go(**options):
+    result = generate.run(config, generate.Options(output=str(tmp_path), **options))
+    assert not result["error"]
+    return result
+
+  shots = dict(prompt=("a red circle", "on blue"), chunks=4)
+  go(**shots, save_state=states, save_every=1)
+  straight = store.load(f"{states}/chunk_00004")
+  again = str(tmp_path / "again")
+  result = go(resume=states, rewind_to=2, save_state=again)
+  assert result["chunks"] == [2, 4] and result["speed"]["frames"] == 16
+  resumed = store.load(f"{again}/chunk_00004")
+  assert straight.keys() == resumed.keys()
+  for name, value in straight.items():
+    np.testing.assert_array_equal(value, resumed[name], err_msg=name)
+
+  # The branch goes on from the same state with a shot of its own.
+  branch = str(tmp_path / "branch")
+  prompt = (SCENE_CUT_PREFIX + "blue red",)
+  result = go(resume=states, rewind_to=2, save_state=branch, prompt=prompt, chunks=2)
+  assert result["storyboard"][0]["cuts"] == [False, False, True, False]
+  assert result["storyboard"][0]["prompts"][2:] == [prompt[0], "blue red"]
+  branched = store.load(f"{branch}/chunk_00004")
+  assert np.abs(branched["cache.k"] - straight["cache.k"]).max() > 1e-3
+  np.testing.assert_array_equal(branched["cache.frame"], straight["cache.frame"])
+
+
+def test_ctrl_c_keeps_a_video_and_a_state(generate, config, tmp_path, monkeypatch):
+  update = report.ProgressBar.update
+
+  def interrupt(self, done, note=""):
+    update(self, done, note)
+    if done == 1:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  monkeypatch.setattr(report.ProgressBar, "update", interrupt)
+  states = str(tmp_path / "states")
+  options = generate.Options(
+    prompt=("a",), chunks=6, output=str(tmp_path), save_state=states
+  )
+  result = generate.run(config, options)
+  done = result["chunks"][1]
+  assert result["stopped_by"] == "SIGINT" and 0 < done < 6
+  assert frames_in(tmp_path / "video.mp4") == done * 8 - 3
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+  options = generate.Options(output=str(tmp_path / "rest"), resume=states)
+  rest = generate.run(config, options)
+  assert rest["chunks"] == [done, 6]
+  assert frames_in(tmp_path / "rest" / "video.mp4") == (6 - done) * 8
+
+
+def test_full_disk_loses_no_frame(generate, config, tmp_path):
+  out, states = tmp_path / "out", str(tmp_path / "states")
+  out.mkdir()
+  (out / "video.mp4").symlink_to("/dev/full")
+  options = generate.Options(
+    prompt=("a",), chunks=12, output=str(out), save_state=states
+  )
+  result = generate.run(config, options)
+  assert "No space left" in result["error"] and "video.mp4" in result["error"]
+  done = result["chunks"][1]
+  assert 0 < done <= 12
+
+  # Nothing reached the disk, so the resumed video begins with all of it.
+  options = generate.Options(
+    output=str(tmp_path / "rest"), resume=states, prompt=("b",), chunks=1
+  )
+  generate.run(config, options)
+  assert frames_in(tmp_path / "rest" / "video.mp4") == (done + 1) * 8 - 3
+
+
+def test_latents_that_are_not_finite(generate, config, weights, tmp_path):
+  bad = store.load_network(weights / "dit", "dit")
+  bad.head.linear.bias.set_value(bad.head.linear.bias[...] * np.nan)
+  store.save_network(tmp_path / "bad", bad)
+  config.dit_weights = str(tmp_path / "bad")
+  states = tmp_path / "states"
+  options = generate.Options(
+    prompt=("a",), output=str(tmp_path), save_state=str(states), save_every=1
+  )
+  result = generate.run(config, options)
+  assert "chunk=0 has latents that are not finite" in result["error"]
+  assert result["state"] is None and not list(states.iterdir())
+
+
+def test_start_from_an_image(generate, config, tmp_path):
+  Image.new("RGB", (40, 40), (200, 90, 30)).save(tmp_path / "a.png")
+  config.i2v = True
+  options = generate.Options(
+    prompt=("a",), image=str(tmp_path / "a.png"), chunks=2, output=str(tmp_path)
+  )
+  assert not generate.run(config, options)["error"]
+  assert frames_in(tmp_path / "video.mp4") == 13
+
+
+def test_continue_a_video(generate, config, tmp_path):
+  with VideoWriter(tmp_path / "old.mp4") as writer:
+    writer.append(np.full((15, 32, 64, 3), 90, np.uint8))
+  options = generate.Options(
+    prompt=("a",),
+    chunks=1,
+    continue_from=str(tmp_path / "old.mp4"),
+    output=str(tmp_path),
+  )
+  assert not generate.run(config, options)["error"]
+  # 13 of the 15 frames are 4 latents, 2 chunks; then comes the new one.
+  assert frames_in(tmp_path / "video.mp4") == 13 + 8
+
+
+def test_batch_with_guidance(generate, config, tmp_path):
+  config.guidance = 3.0
+  (tmp_path / "p.txt").write_text("a red circle\non blue\n")
+  options = generate.Options(
+    prompts=str(tmp_path / "p.txt"), chunks=1, output=str(tmp_path)
+  )
+  result = generate.run(config, options)
+  assert result["speed"]["frames"] == 10
+  for name in ("video_000.mp4", "video_001.mp4"):
+    assert str(tmp_path / name) in result["videos"]
+    assert frames_in(tmp_path / name) == 5
+
+
+def test_base_model_clip(generate, config, tmp_path):
+  options = generate.Options(
+    prompt=("a",), chunks=2, mode="bidirectional", output=str(tmp_path)
+  )
+  generate.run(config, options)
+  assert frames_in(tmp_path / "video.mp4") == 13
+
+
+BAD = [
+  (dict(window_frames=7), {}, "window_frames=7 must be a multiple of"),
+  (dict(sink_frames=3), {}, "sink_frames=3 must be a multiple of"),
+  (dict(height=40), {}, "height=40 must be a multiple of 32; use 32"),
+  (dict(size="7b"), {}, "dit size='7b' is unknown; use one of"),
+  (dict(size="toy", vae="toy"), {}, "are of size 'test', but size='toy'"),
+  (dict(solver="ddim"), {}, "solver='ddim' is unknown"),
+  (dict(steps=0), {}, "steps=0 must be at least 1"),
+  (dict(dtype="float8"), {}, "dtype='float8' is unknown"),
+  (dict(devices=2), {}, "devices=2 must divide the 1 videos"),
+  (
+    dict(weights="nowhere"),
+    {},
+    "dit weights=nowhere/dit cannot be used: no checkpoint",
+  ),
+  (dict(vae_weights="TEXT"), {}, "vae weights=.* it holds 'umt5', not 'vae'"),
+  (dict(tokenizer="no.json"), {}, r"tokenizer=no\.json does not exist"),
+  (dict(i2v=True), {}, "no image was given; add --image"),
+  ({}, dict(prompt=("",)), "prompt 0 = '' is empty"),
+  ({}, dict(prompt=("a", "b"), durations=(3, 1), chunks=2), "outside the video of"),
+  ({}, dict(image="none.png"), r"image=none\.png is not readable"),
+  ({}, dict(continue_from="none.mp4"), r"continue_from=none\.mp4 is no readable"),
+  ({}, dict(output="/proc/x"), "output=/proc/x is not writable"),
+  ({}, dict(resume="nowhere"), "resume=nowhere holds no saved state"),
+  ({}, dict(rewind_to=3), "rewind_to=3 needs --resume"),
+  ({}, dict(save_every=3), "save_every=3 needs --save_state"),
+  ({}, dict(image="a", resume="b"), "--image and --resume exclude each other"),
+  ({}, dict(mode="bidirectional", save_state="x"), "--save_state needs --mode=stream"),
+  (
+    {},
+    dict(mode="bidirectional", prompt=("a", "b")),
+    "makes one shot; give one prompt",
+  ),
+]
+
+
+@pytest.mark.parametrize(("settings", "options", "message"), BAD)
+def test_bad_input_is_found_before_a_model_is_built(
+  generate, config, weights, tmp_path, monkeypatch, settings, options, message
+):
+  def build(*_):
+    raise AssertionError("a network was built")
+
+  monkeypatch.setattr(networks, "load", build)
+  if "vae_weights" in settings:
+    settings = dict(vae_weights=str(weights / "text"))
+  config.update(settings)
+  options = {"prompt": ("a",), "output": str(tmp_path / "out"), **options}
+  with pytest.raises(ValueError, match=message):
+    generate.run(config, generate.Options(**options))
+
+
+def test_damaged_checkpoint(generate, config, weights, tmp_path):
+  (tmp_path / "dit").mkdir()
+  for file in (weights / "dit").rglob("*"):
+    copy = tmp_path / "dit" / file.relative_to(weights / "dit")
+    if file.is_dir():
+      copy.mkdir(parents=True, exist_ok=True)
+    else:
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      copy.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  config.dit_weights = str(tmp_path / "dit")
+  with pytest.raises(ValueError, match=r"dit weights=.* cannot be used: .*damaged"):
+    generate.run(config, generate.Options(prompt=("a",), output=str(tmp_path)))
+
+
+def test_command_line_says_what_is_wrong(tmp_path):
+  command = [sys.executable, ROOT / "launch/generate.py", "--prompt", "", "--output"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  command += [str(tmp_path), "--config", f"{ROOT}/configs/generate.py:toy,random"]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert done.stderr.strip().endswith(
+    "error: prompt 0 = '' is empty; write what it should show"
+  )
+  assert "Traceback" not in done.stderr
+
+
+def test_config_arguments():
+  get_config = script("configs/generate.py").get_config
+  full = get_config("ti2v-5b,i2v,random")
+  assert (full.height, full.width, full.dtype) == (704, 1280, "bfloat16")
+  assert full.i2v and full.weights == "random" and full.sink_frames == 8
+  assert get_config("toy,no_sinks").sink_frames == 0
+  with pytest.raises(ValueError, match="config size='7b' is unknown"):
+    get_config("7b")
+  with pytest.raises(ValueError, match="config option='fast' is unknown"):
+    get_config("toy,fast")

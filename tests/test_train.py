@@ -1,0 +1,335 @@
+"""The training script on tiny clips: it learns, stops, resumes exactly, and exports."""
+
+import importlib.util
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from longlive_jax.checkpoint import store
+from longlive_jax.data.clips import clip_source
+from longlive_jax.data.video import VideoWriter
+from longlive_jax.models import dit, umt5, vae
+from longlive_jax.models.text import Tokenizer
+from longlive_jax.train import flow, latents, loop, state
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_script(path):
+  spec = importlib.util.spec_from_file_location(path.stem + "_script", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+script = load_script(ROOT / "launch" / "train.py")
+get_config = load_script(ROOT / "configs" / "train.py").get_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+  """Every run here compiles the same programs: once is enough."""
+  names = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # it remembers the folder of its first use
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def random_network(kind, config, seed):
+  """A network filled by numpy: its own initialisation takes longer to compile."""
+  rng = np.random.default_rng(seed)
+
+  def fill(leaf):
+    fan_in = max(1, np.prod(leaf.shape[1:]))
+    return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+
+  return jax.tree.map(fill, store.abstract_network(kind, config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Six clips of 5 chunks of 2 latent frames, and a random VAE."""
+  root = tmp_path_factory.mktemp("train")
+  (root / "data" / "videos").mkdir(parents=True)
+  for i in range(6):
+    frames = np.random.default_rng(i).integers(0, 255, (37, 32, 32, 3), np.uint8)
+    with VideoWriter(root / "data" / "videos" / f"c{i}.mp4", fps=24) as writer:
+      writer.append(frames)
+    captions = root / "data" / "caption" / f"c{i}"
+    captions.mkdir(parents=True)
+    for shot in range(2):
+      text = json.dumps({"caption": f"shot {shot} of clip {i}"})
+      (captions / f"{shot}.json").write_text(text)
+    (captions / "shot_durations.txt").write_text("3, 2")
+  store.save_network(root / "vae", random_network("vae", vae.VAE_SIZES["test"], 0))
+  return root
+
+
+def make_config(folder, workdir, **changes):
+  config = get_config("test")
+  config.data.folder = str(folder / "data")
+  config.data.latents = str(folder / "latents")
+  config.vae = str(folder / "vae")
+  config.workdir = str(workdir)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def losses(workdir):
+  lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+  workdir = folder / "straight"
+  script.train(make_config(folder, workdir))
+  return workdir
+
+
+def test_a_run_writes_metrics_checkpoints_and_an_inference_model(straight):
+  assert sorted(losses(straight)) == [1, 2, 3, 4, 5, 6]
+  assert loop.Checkpoints(straight / "checkpoints", 2).steps() == [3, 6]
+  network = store.load_dit(straight / "model" / "dit")
+  text = store.load_umt5(straight / "model" / "text")
+  assert network.dtype == jnp.bfloat16  # what is shipped takes half the space
+  tokenizer = Tokenizer(straight / "model" / "tokenizer.json", text.config.text_len)
+  embedded = text(*tokenizer(["shot 1 of clip 3"]))
+  assert embedded.shape == (1, text.config.text_len, network.config.text_dim)
+  assert json.loads((straight / "config.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_straight(folder, straight, monkeypatch, number):
+  """A signal in step 3 of 6 saves; the second start ends with the same bits."""
+  workdir = folder / f"stopped_{number}"
+  write = loop.MetricsLog.write
+
+  def write_and_stop(self, step):
+    if step == 3:
+      os.kill(os.getpid(), number)
+    return write(self, step)
+
+  # Without the periodic checkpoint: the one of step 3 comes from the signal.
+  changes = {"checkpoint_every": 100}
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.MetricsLog, "write", write_and_stop)
+    script.train(make_config(folder, workdir, **changes))
+  assert sorted(losses(workdir)) == [1, 2, 3]
+  assert not (workdir / "model").exists()
+  with (workdir / "metrics.jsonl").open("a") as file:  # as if killed a step later
+    file.write('{"step": 4, "loss": 9.0}\n')
+  script.train(make_config(folder, workdir, **changes))
+  assert losses(workdir) == losses(straight)
+  first = store.load(straight / "checkpoints" / "6")
+  second = store.load(workdir / "checkpoints" / "6")
+  assert first.keys() == second.keys()
+  for name in first:
+    np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straight):
+  made = []
+  clips = latents.LatentClips(
+    np.ones((1, 2, 1, 1, 3), np.float32), np.zeros((1, 2), bool), (("a", "b"),)
+  )
+
+  def encode():
+    made.append(1)
+    return clips
+
+  cache = folder / "some_cache"
+  for identity, count in (("x", 1), ("x", 1), ("y", 2)):
+    found = latents.cached_clips(cache, identity, encode)
+    assert len(made) == count
+    np.testing.assert_array_equal(found.latents, clips.latents)
+    assert found.prompts == clips.prompts and found.cuts.dtype == bool
+  (cache / "about.json").write_text("{")  # cut short
+  latents.cached_clips(cache, "y", encode)
+  assert len(made) == 3
+
+
+def test_streamed_batches_match_clips_encoded_once(folder, straight):
+  """Without the views' randomness both pipelines serve the same sequences."""
+  source = clip_source(folder / "data")
+  network = store.load_vae(folder / "vae")
+  tokenizer = Tokenizer(straight / "tokenizer.json", 8)
+  views = latents.ViewSettings(window=5, plain=1.0, no_sink=0, caption_dropout=0)
+  sizes = {"chunks": 5, "frames_per_chunk": 2}
+  clips = latents.encode_clips(source, network, batch=2, threads=2, **sizes)
+  assert clips.latents.shape == (6, 10, 2, 2, 8) and clips.cuts.sum() == 6
+  once = latents.sequence_batches(
+    clips, tokenizer, 2, views, frames_per_chunk=2, seed=1
+  )
+  streamed = latents.StreamedBatches(
+    source, network, tokenizer, 2, views, seed=1, threads=2, **sizes
+  )
+  for _ in range(3):
+    first, second = next(once), next(streamed)
+    assert first.keys() == second.keys()
+    for name in first:
+      np.testing.assert_allclose(first[name], second[name], atol=1e-4, err_msg=name)
+  position = streamed.get_state()
+  after = next(streamed)
+  streamed.set_state(json.loads(json.dumps(position)))
+  np.testing.assert_array_equal(next(streamed)["latents"], after["latents"])
+
+
+def test_dropped_captions_are_the_empty_prompt(folder, straight):
+  tokenizer = Tokenizer(straight / "tokenizer.json", 8)
+  prompts = latents.Prompts(tokenizer, ["shot 0 of clip 1"])
+  dropped = prompts.rows(["shot 0 of clip 1"] * 3, dropped=True)
+  ids, mask = tokenizer([""])
+  np.testing.assert_array_equal(dropped["ids"], np.repeat(ids, 3, axis=0))
+  np.testing.assert_array_equal(dropped["text_mask"], np.repeat(mask, 3, axis=0))
+  assert (prompts.rows(["shot 0 of clip 1"], dropped=False)["ids"] != ids).any()
+
+
+def tiny_problem(dtype="float32"):
+  config = get_config("test")
+  config.dtype = dtype
+  dit_config, text_config = script.check(config)
+  params = {
+    "dit": random_network("dit", dit_config, 0),
+    "text": random_network("umt5", text_config, 1),
+  }
+  rng = np.random.default_rng(0)
+  batch = {
+    "latents": rng.normal(size=(2, 8, 2, 2, 8)).astype(np.float32),
+    "mask": np.ones((2, 8), np.float32),
+    "ids": rng.integers(3, 50, (2, 4, 8)).astype(np.int32),
+    "text_mask": np.ones((2, 4, 8), np.int32),
+  }
+  settings = flow.FlowSettings(frames_per_chunk=2, weighting="uniform")
+  return params, batch, script.make_loss(config, dit_config, settings)
+
+
+def test_it_learns_with_its_text_encoder():
+  params, batch, loss_fn = tiny_problem()
+  settings = state.OptimizerSettings(steps=30, learning_rate=3e-3, beta1=0.9)
+  optimizer = state.make_optimizer(settings)
+  train = state.init_state(params, optimizer)
+
+  @jax.jit
+  def step(train):
+    (loss, _), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+      train.params, batch, jax.random.key(0)
+    )
+    return state.update(train, gradients, optimizer, ema_decay=0.9), loss
+
+  seen = []
+  for _ in range(30):
+    train, loss = step(train)
+    seen.append(float(loss))
+  assert seen[-1] < 0.5 * seen[0]
+  moved = lambda name: max(  # noqa: E731
+    float(jnp.abs(a - b).max())
+    for a, b in zip(
+      *map(jax.tree.leaves, (params[name], train.params[name])), strict=True
+    )
+  )
+  assert moved("dit") > 0 and moved("text") > 0
+
+
+def test_what_is_frozen_does_not_move():
+  settings = state.OptimizerSettings(steps=9, learning_rate=0.1, weight_decay=0.5)
+  params = {"dit": jnp.ones(3), "text": jnp.ones(3)}
+  optimizer = state.make_optimizer(settings, {"dit": False, "text": True})
+  train = state.init_state(params, optimizer)
+  train = state.update(train, params, optimizer, ema_decay=0.0)
+  assert (train.params["dit"] < 1).all() and (train.params["text"] == 1).all()
+
+
+def test_bf16_computes_close_to_f32_with_f32_gradients():
+  params, batch, loss_fn = tiny_problem()
+  _, _, half_fn = tiny_problem(dtype="bfloat16")
+  key = jax.random.key(3)
+  loss, _ = jax.jit(loss_fn)(params, batch, key)
+  half, _ = jax.jit(half_fn)(params, batch, key)
+  assert half != loss
+  np.testing.assert_allclose(half, loss, rtol=3e-2)
+  gradients, _ = jax.eval_shape(jax.grad(half_fn, has_aux=True), params, batch, key)
+  assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+
+
+def test_average_follows_then_smooths():
+  optimizer = optax.sgd(1.0)
+  train = state.init_state(jnp.float32(0.0), optimizer)
+  seen = []
+  for _ in range(3):
+    train = state.update(train, -1.0, optimizer, ema_decay=0.75, ema_start=2)
+    seen.append((float(train.params), float(train.ema)))
+  assert seen == [(1.0, 1.0), (2.0, 2.0), (3.0, 2.25)]
+
+
+def test_learning_rate_warms_up_and_decays():
+  settings = state.OptimizerSettings(
+    steps=100, learning_rate=1.0, warmup=10, final_ratio=0.1
+  )
+  rate = state.learning_rate(settings)
+  assert 0 < rate(0) < rate(5) < rate(10) == 1.0
+  np.testing.assert_allclose(rate(100), 0.1, rtol=1e-5)
+  with pytest.raises(ValueError, match="warmup=100"):
+    state.OptimizerSettings(steps=100, warmup=100)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  log = loop.MetricsLog(tmp_path / "metrics.jsonl", 4)
+  log.add({"loss": jnp.float32(np.nan)})
+  with pytest.raises(FloatingPointError, match="between steps 4 and 5"):
+    log.write(5)
+
+
+def test_bad_settings_are_refused_before_anything_is_read(tmp_path, folder):
+  cases = {
+    "dit": ("huge", "huge"),
+    "text": ("toy", "width"),
+    "dtype": ("fp8", "bfloat16"),
+    "train_text": ("maybe", "joint"),
+    "batch_size": (0, "batch_size=0"),
+    "data.chunks": (3, "view.window=4"),
+    "flow.weighting": ("flat", "bell"),
+    "data.folder": (str(tmp_path), "no clip"),
+  }
+  for field, (value, message) in cases.items():
+    config = make_config(folder, tmp_path / "out", **{field: value})
+    with pytest.raises(ValueError, match=message):
+      script.train(config)
+  config = make_config(folder, tmp_path / "out", vae=str(tmp_path / "none"))
+  with pytest.raises(FileNotFoundError, match="none"):
+    script.train(config)
+  with pytest.raises(ValueError, match="toy, test"):
+    get_config("large")
+
+
+def test_metrics_are_drawn(straight, tmp_path, capsys):
+  plot = load_script(ROOT / "tools" / "plot_metrics.py")
+  out = tmp_path / "curves.png"
+  assert plot.main([str(straight / "metrics.jsonl"), "--out", str(out)]) == 0
+  assert out.stat().st_size > 5000
+  assert "loss" in capsys.readouterr().out
+  assert plot.main([str(tmp_path / "none.jsonl"), "--out", str(out)]) == 1
+  assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_sizes_used_here_fit_together():
+  assert dit.SIZES["toy"].text_dim == umt5.UMT5_SIZES["toy"].dim
+  assert dit.SIZES["toy"].text_len == umt5.UMT5_SIZES["toy"].text_len
+  assert dit.SIZES["toy"].in_channels == vae.VAE_SIZES["toy"].z_dim

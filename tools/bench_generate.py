@@ -1,0 +1,132 @@
+"""Measures generation with random weights: speed of each part and peak memory.
+
+  python tools/bench_generate.py --size=ti2v-5b --vae=wan2.2 --height=704 --width=1280
+
+prints one JSON line a figure and a summary, and writes it to --out. "FPS" counts video
+frames; the first two chunks (compilation, window not yet full) are left out of steady
+figures only where a name says so. End to end = from noise to uint8 frames on the host.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from longlive_jax.generate import stream as streaming
+from longlive_jax.generate.sampler import Sampling
+from longlive_jax.models import dit, vae
+
+_SIZE = flags.DEFINE_string("size", "test", "Transformer size.")
+_VAE = flags.DEFINE_string("vae", "test", "VAE size.")
+_HEIGHT = flags.DEFINE_integer("height", 64, "Pixels.")
+_WIDTH = flags.DEFINE_integer("width", 64, "Pixels.")
+_CHUNKS = flags.DEFINE_integer("chunks", 8, "Chunks to generate.")
+_STEPS = flags.DEFINE_integer("steps", 4, "Solver steps.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Precision.")
+_DECODE_FRAMES = flags.DEFINE_integer("decode_frames", 1, "Latent frames a decode.")
+_OUT = flags.DEFINE_string("out", "", "JSON file for the figures.")
+
+
+def random_networks(size: str, vae_size: str, dtype):
+  """Both networks with random weights, made on the device."""
+  config = dit.size(size)
+  c_in = config.in_channels
+
+  def build():
+    model = dit.CausalDiT(config, dtype=dtype, rngs=nnx.Rngs(0))
+    # A fresh head is zero, and matrix units run faster on zeros than on data.
+    head = model.head.linear.weight
+    head.set_value(0.02 * jax.random.normal(jax.random.key(1), head.shape, dtype))
+    return model
+
+  video_vae = vae.VAE_SIZES[vae_size]
+  if video_vae.z_dim != c_in:
+    raise ValueError(f"vae={vae_size!r} has z_dim={video_vae.z_dim}; {size} has {c_in}")
+  make_vae = jax.jit(lambda: vae.VideoVAE(video_vae, dtype=dtype, rngs=nnx.Rngs(2)))
+  return jax.jit(build)(), make_vae()
+
+
+def story(config: dit.WanConfig, chunks: int) -> streaming.Story:
+  """Three shots with random embeddings."""
+  rng = np.random.default_rng(0)
+  shot = np.minimum(np.arange(chunks) * 3 // chunks, 2).astype(np.int32)[:, None]
+  text = rng.standard_normal((3, config.text_len, config.text_dim), np.float32)
+  cut = np.diff(shot, axis=0, prepend=0) > 0
+  return streaming.Story(text, None, shot, cut, shot)
+
+
+def peak_bytes() -> int | None:
+  stats = jax.devices()[0].memory_stats()
+  return stats["peak_bytes_in_use"] if stats else None
+
+
+def run(model, video_vae, sampling, plot, y, x) -> list[float]:
+  """Streams the story; returns the time at which each chunk was on the host."""
+  state = streaming.init_state(
+    model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x
+  )
+  stamps = [time.perf_counter()]
+  chunks = streaming.stream(
+    model, video_vae, state, plot, sampling, decode_frames=_DECODE_FRAMES.value
+  )
+  for chunk in chunks:
+    jax.block_until_ready(chunk.latents)
+    stamps.append(time.perf_counter())
+  return stamps
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  y, x = _HEIGHT.value // 16, _WIDTH.value // 16
+  dtype = jnp.dtype(_DTYPE.value)
+  model, video_vae = random_networks(_SIZE.value, _VAE.value, dtype)
+  sampling = Sampling(steps=_STEPS.value)
+  plot = story(model.config, _CHUNKS.value)
+  frames = 4 * sampling.frames_per_chunk
+  figures: dict[str, object] = {
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "size": _SIZE.value,
+    "vae": _VAE.value,
+    "pixels": f"{_HEIGHT.value}x{_WIDTH.value}",
+    "chunks": _CHUNKS.value,
+    "steps": _STEPS.value,
+    "dtype": _DTYPE.value,
+    "parameters_dit": sum(p.size for p in jax.tree.leaves(model)),
+    "parameters_vae": sum(p.size for p in jax.tree.leaves(video_vae)),
+  }
+
+  stamps = run(model, None, sampling, plot, y, x)
+  figures["dit_first_chunk_cold_s"] = stamps[1] - stamps[0]
+  stamps = run(model, None, sampling, plot, y, x)
+  # Each chunk is waited for, but the next one is dispatched before: differences of
+  # stamps are the device's time for a chunk.
+  window = sampling.window_frames // sampling.frames_per_chunk
+  steady = np.diff(stamps)[window:]
+  figures["dit_chunk_ms_median"] = 1e3 * float(np.median(steady))
+  figures["dit_fps"] = frames / float(np.median(steady))
+  figures["dit_fps_all_chunks_warm"] = frames * _CHUNKS.value / (stamps[-1] - stamps[0])
+  figures["dit_peak_bytes"] = peak_bytes()
+
+  run(model, video_vae, sampling, plot, y, x)  # compiles the decoder
+  stamps = run(model, video_vae, sampling, plot, y, x)
+  total = stamps[-1] - stamps[0]
+  figures["end_to_end_first_chunk_warm_s"] = stamps[1] - stamps[0]
+  figures["end_to_end_fps"] = (frames * _CHUNKS.value - 3) / total
+  figures["end_to_end_fps_steady"] = frames / float(np.median(np.diff(stamps)[window:]))
+  figures["peak_bytes"] = peak_bytes()
+  figures["programs"] = streaming.compiled_programs()
+
+  for name, value in figures.items():
+    print(json.dumps({name: value}), flush=True)
+  if _OUT.value:
+    Path(_OUT.value).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,357 @@
+"""Measures the toy model with the toy world's detectors; the quality table.
+
+Three tests on prompts that training never saw (longlive_jax/data/toy_world.py):
+
+  single   one shot of a held-out combination: are shape, colour, background and
+           motion those of the caption?
+  shots    four shots, the later ones captioned by back references that name neither
+           shape nor colour: does the subject stay the same?
+  minute   the last shot of a 60-second video of many shots
+
+`shots` and `minute` run once more without sinks, to show what they do.
+
+  python tools/eval_toy.py
+  python tools/eval_toy.py --config.weights=outputs/toy_train/model \
+      --config.vae_weights=outputs/toy_vae --config.steps=8 --config.guidance=3
+
+Networks and sampling are those of launch/generate.py: configs/generate.py:toy, with
+overrides as --config.NAME=VALUE; by default the networks that ship with the package.
+The table is printed, and written with all settings to --out.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from longlive_jax.data import detectors, toy_world
+from longlive_jax.data.detectors import Detection
+from longlive_jax.data.toy_world import Scene
+from longlive_jax.generate import networks, report, storyboard
+from longlive_jax.generate.sampler import Sampling
+from longlive_jax.generate.stream import Story, init_state, stream
+from longlive_jax.models import dit, umt5, vae
+from longlive_jax.models.text import Tokenizer
+
+FOUR_SHOTS = (2, 2, 2, 2)  # chunks
+MINUTE = (4,) * 11 + (2,)  # 46 chunks: 1469 frames, 61 seconds
+TESTS = ("single", "shots", "minute")
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  str(Path(__file__).parents[1] / "configs" / "generate.py") + ":toy",
+  "Networks and sampling; override with --config.NAME=VALUE.",
+)
+_TESTS = flags.DEFINE_multi_enum(
+  "test", list(TESTS), list(TESTS), "Which tests to run."
+)
+_VIDEOS = flags.DEFINE_integer("videos", 200, "Videos of single and shots.", 1)
+_MINUTES = flags.DEFINE_integer("minutes", 100, "Videos of minute.", 1)
+_CHUNKS = flags.DEFINE_integer("chunks", 2, "Chunks of a video of single.", 1)
+_BATCH = flags.DEFINE_integer("batch", 50, "Videos generated together.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.")
+_SINKS = flags.DEFINE_enum("sinks", "both", ["both", "on", "off"], "With, without.")
+_OUT = flags.DEFINE_string("out", "tools/results/eval_toy.json", "Report.")
+
+# One batch of scenes -> the frames of each chunk in turn, uint8 (b, t, h, w, 3).
+Generate = Callable[[Sequence[Scene]], Iterable[np.ndarray]]
+Pool = concurrent.futures.Executor
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+  """The three networks and the tokenizer of the text encoder."""
+
+  model: dit.CausalDiT
+  vae: vae.VideoVAE
+  text: umt5.UMT5Encoder
+  tokenizer: Tokenizer
+
+
+# ---------------------------------------------------------------- scenes to frames
+
+
+def load_networks(config: ml_collections.ConfigDict) -> Networks:
+  """Reads the checkpoints that a generate config names.
+
+  Raises:
+    ValueError: one is missing, or they do not fit each other.
+  """
+  folder = networks.folder_of(config.weights, config.size)
+  if folder is None:
+    raise ValueError("weights='random' cannot be evaluated; give a folder")
+  dit_source = networks.find("dit", config.size, config.dit_weights or folder / "dit")
+  vae_source = networks.find("vae", config.vae, config.vae_weights or folder / "vae")
+  text_source = networks.find(
+    "umt5", config.text, config.text_weights or folder / "text"
+  )
+  networks.check_together(dit_source, vae_source, text_source)
+  tokenizer = Tokenizer(
+    config.tokenizer or folder / "tokenizer.json", text_source.config.text_len
+  )
+  return Networks(
+    model=networks.load(dit_source, config.dtype),
+    vae=networks.load(vae_source, config.dtype),
+    text=networks.load(text_source, config.dtype),
+    tokenizer=tokenizer,
+  )
+
+
+def sampling_of(config: ml_collections.ConfigDict, *, sinks: bool) -> Sampling:
+  """Sampling settings of a generate config, as they are or with sinks off."""
+  names = [field.name for field in dataclasses.fields(Sampling) if field.name in config]
+  settings = {name: config[name] for name in names}
+  if not sinks:
+    settings |= {"sink_frames": 0, "multi_shot_sink": False, "clean_recache": False}
+  return Sampling(**settings)
+
+
+def scene_prompts(scene: Scene) -> list[str]:
+  """One prompt per chunk of a scene, cuts marked by the prefix."""
+  return storyboard.spread_shots(
+    [shot.caption for shot in scene.shots],
+    scene.chunks,
+    durations=[shot.chunks for shot in scene.shots],
+  )
+
+
+@jax.jit
+def _embed(encoder: umt5.UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:
+  return encoder(ids, mask).astype(jnp.float32)
+
+
+def generate(
+  nets: Networks,
+  sampling: Sampling,
+  scenes: Sequence[Scene],
+  *,
+  seed: int,
+  size: int,
+  negative_prompt: str = "",
+) -> Iterator[np.ndarray]:
+  """Generates the scenes (all with the same number of chunks) as one batch.
+
+  Yields:
+    uint8 (b, t, h, w, 3), the frames of one chunk.
+  """
+  board = storyboard.from_prompt_lists([scene_prompts(scene) for scene in scenes])
+  arrays = board.arrays()
+  texts = [*arrays.prompts, negative_prompt]
+  # Always the same number of rows: every batch has other prompts, one program does.
+  rows = len(scenes) * len(scenes[0].shots) * 2 + 1
+  texts += [""] * (rows - len(texts))
+  embedded = np.asarray(_embed(nets.text, *nets.tokenizer(texts)))
+  story = Story(
+    embeddings=embedded[: len(arrays.prompts)],
+    negative=embedded[len(arrays.prompts)] if sampling.branches == 2 else None,
+    prompt_index=arrays.prompt_index,
+    cut=arrays.cut,
+    shot=arrays.shot,
+  )
+  latents = size // 16
+  state = init_state(
+    nets.model,
+    nets.vae,
+    sampling,
+    key=jax.random.key(seed),
+    samples=np.arange(len(scenes)),
+    y=latents,
+    x=latents,
+  )
+  chunks = stream(nets.model, nets.vae, state, story, sampling, decode_frames=8)
+  for chunk in chunks:
+    yield chunk.frames
+
+
+# ---------------------------------------------------------------- frames to numbers
+
+
+def detect_shots(
+  generate_batch: Generate, scenes: Sequence[Scene], batch: int, pool: Pool
+) -> list[list[Detection]]:
+  """Generates all scenes and detects every shot: one list a scene.
+
+  The scenes must have the same shots in length, so that a whole batch finishes a shot
+  at once and its frames can be dropped.
+  """
+  lengths = [shot.chunks for shot in scenes[0].shots]
+  if any([shot.chunks for shot in scene.shots] != lengths for scene in scenes):
+    raise ValueError("all scenes must have shots of the same lengths")
+  ends = set(np.cumsum(lengths).tolist())
+  futures: list[list[concurrent.futures.Future]] = [[] for _ in scenes]
+  for start in range(0, len(scenes), batch):
+    part = list(scenes[start : start + batch])
+    # The last batch is filled up, so that it needs no program of its own.
+    filled = part + part[:1] * (batch - len(part))
+    chunks: list[np.ndarray] = []
+    for number, frames in enumerate(generate_batch(filled), 1):
+      chunks.append(frames)
+      if number in ends:
+        shot = np.concatenate(chunks, axis=1)
+        chunks = []
+        for i in range(len(part)):
+          futures[start + i].append(pool.submit(detectors.detect, shot[i]))
+    logging.info("generated %d of %d videos", start + len(part), len(scenes))
+  return [[future.result() for future in row] for row in futures]
+
+
+def score_last_shot(
+  scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
+) -> dict[str, float]:
+  """Shares of right attributes in the last shot (of single-shot videos, the only)."""
+  right = [
+    detectors.matches(row[-1], scene.subject, scene.shots[-1])
+    for scene, row in zip(scenes, found, strict=True)
+  ]
+  scores = {name: _share(r[name] for r in right) for name in right[0]}
+  scores["all four"] = _share(all(r.values()) for r in right)
+  scores["drift"] = float(np.mean([row[-1].drift for row in found]))
+  return scores
+
+
+def score_identity(found: Sequence[Sequence[Detection]]) -> dict[str, float]:
+  """How often every later shot shows the subject of the first one."""
+  shape, colour, both = [], [], []
+  for first, *later in found:
+    both.append(all(detectors.same_identity(first, other) for other in later))
+    seen = min(d.found for d in (first, *later)) >= 0.5
+    shape.append(seen and all(first.shape == other.shape for other in later))
+    colour.append(seen and all(first.colour == other.colour for other in later))
+  return {
+    "subject kept": _share(both),
+    "shape kept": _share(shape),
+    "colour kept": _share(colour),
+  }
+
+
+def score_later_shots(
+  scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
+) -> dict[str, float]:
+  """Shares of later shots whose background and motion are those of their caption."""
+  right = [
+    detectors.matches(detection, scene.subject, shot)
+    for scene, row in zip(scenes, found, strict=True)
+    for shot, detection in list(zip(scene.shots, row, strict=True))[1:]
+  ]
+  names = ("background", "motion")
+  return {f"later {name}": _share(r[name] for r in right) for name in names}
+
+
+def evaluate(
+  test: str,
+  generate_batch: Generate,
+  pool: Pool,
+  *,
+  videos: int,
+  batch: int,
+  chunks: int,
+  seed: int,
+) -> dict[str, float]:
+  """Runs one of TESTS; its scores by name, shares from 0 to 1."""
+  batch = min(batch, videos)
+  if test == "single":
+    scenes = [
+      dataclasses.replace(
+        scene, shots=(dataclasses.replace(scene.shots[0], chunks=chunks),)
+      )
+      for scene in toy_world.heldout_prompts(videos, seed)
+    ]
+    found = detect_shots(generate_batch, scenes, batch, pool)
+    return score_last_shot(scenes, found)
+  lengths = FOUR_SHOTS if test == "shots" else MINUTE
+  first = seed * 1_000_000
+  scenes = [toy_world.heldout_scene(first + i, lengths) for i in range(videos)]
+  found = detect_shots(generate_batch, scenes, batch, pool)
+  if test == "shots":
+    return score_identity(found) | score_later_shots(scenes, found)
+  kept = _share(detectors.same_identity(row[0], row[-1]) for row in found)
+  return score_last_shot(scenes, found) | {"subject kept": kept}
+
+
+def _share(values: Iterable[bool]) -> float:
+  return float(np.mean(list(values)))
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+  """Markdown of results[test][sinks 'on' or 'off'][score]."""
+  lines = ["| test | score | with sinks | without |", "|---|---|---|---|"]
+  for test, columns in results.items():
+    for name in next(iter(columns.values())):
+      cells = [
+        _cell(name, columns[sinks][name]) if sinks in columns else ""
+        for sinks in ("on", "off")
+      ]
+      lines.append(f"| {test} | {name} | {cells[0]} | {cells[1]} |")
+  return "\n".join(lines)
+
+
+def _cell(name: str, value: float) -> str:
+  return f"{value:.3f}" if name == "drift" else f"{100 * value:.1f}%"
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  config, began = _CONFIG.value, time.perf_counter()
+  out = Path(_OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  nets = load_networks(config)
+  # spawn: forking a process in which JAX runs threads can deadlock.
+  pool = concurrent.futures.ProcessPoolExecutor(
+    os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
+  )
+  results: dict[str, dict[str, dict[str, float]]] = {}
+  with pool:
+    for test in _TESTS.value:
+      results[test] = {}
+      for sinks in ("on", "off"):
+        # Without a cut and within the window there is nothing for a sink to keep.
+        if _SINKS.value not in ("both", sinks) or (test, sinks) == ("single", "off"):
+          continue
+        run = functools.partial(
+          generate,
+          nets,
+          sampling_of(config, sinks=sinks == "on"),
+          seed=_SEED.value,
+          size=config.height,
+          negative_prompt=config.negative_prompt,
+        )
+        results[test][sinks] = evaluate(
+          test,
+          run,
+          pool,
+          videos=_MINUTES.value if test == "minute" else _VIDEOS.value,
+          batch=_BATCH.value,
+          chunks=_CHUNKS.value,
+          seed=_SEED.value,
+        )
+        logging.info("%s, sinks %s: %s", test, sinks, results[test][sinks])
+  results = {test: columns for test, columns in results.items() if columns}
+  flag_values = {f.name: f.value for f in (_VIDEOS, _MINUTES, _CHUNKS, _BATCH, _SEED)}
+  content = {
+    "results": results,
+    "flags": flag_values,
+    "config": config.to_dict(),
+    "seconds": time.perf_counter() - began,
+    **report.environment(),
+  }
+  report.write_json(out, content)
+  print(table(results))
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,29 @@
+"""Merges LoRA adapters into a transformer's checkpoint.
+
+  python tools/merge_lora.py --base ckpt/dit --lora lora.pt --out ckpt/dit_merged
+  python tools/merge_lora.py --base ckpt/dit --lora a.pt --lora ckpt/b \\
+    --weight 1.0 --weight 0.5 --out ckpt/dit_merged
+
+W + weight * alpha / rank * B A in float32, rounded once to the weight's dtype.
+"""
+
+from absl import app, flags
+
+from longlive_jax.checkpoint import convert
+
+_BASE = flags.DEFINE_string("base", None, "Checkpoint folder of the transformer.")
+_LORA = flags.DEFINE_multi_string("lora", None, "Adapter: file or checkpoint folder.")
+_WEIGHT = flags.DEFINE_multi_float("weight", [], "Of each adapter; 1 if not given.")
+_ALPHA = flags.DEFINE_float("alpha", None, "Of the adapters; their rank if not given.")
+_OUT = flags.DEFINE_string("out", None, "Checkpoint folder to make.")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  convert.merge(_BASE.value, _LORA.value, _OUT.value, _WEIGHT.value, _ALPHA.value)
+  print(f"wrote {_OUT.value}")
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["base", "lora", "out"])
+  app.run(main)
