@@ -347,6 +347,14 @@ def test_merging_into_a_network_in_memory():
   np.testing.assert_allclose(
     change - network.head.linear.weight[...], b @ a, rtol=1e-4, atol=1e-5
   )
+  beside = lora.attach_lora(network, adapter)
+  x = jnp.asarray(np.random.default_rng(2).normal(size=(3, 64)), jnp.float32)
+  np.testing.assert_allclose(
+    beside.head.linear(x),
+    lora.merge_lora(network, adapter).head.linear(x),
+    rtol=1e-4,
+    atol=1e-3,
+  )
 
 
 def test_faulty_adapters_are_explained_at_once():

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longlive_jax.generate import sampler
+from longlive_jax.layers import kv_cache
 from longlive_jax.train import context, flow
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "flow").glob("*.npz"))
@@ -156,13 +158,64 @@ def test_a_cut_pins_its_first_chunk():
   assert sees(10, multi_shot_sink=False) == (0, 8, 9, 10)
   assert sees(6, clean_recache=False) == (0, 4, 5, 6)
   assert sees(8, clean_recache=False) == (0, 5, 7, 8)
-  assert sees(6, sink=False) == (5, 6)
+  assert sees(6, sink=False) == (3, 4, 5, 6)
 
 
 def test_a_second_cut_releases_the_first_pin():
   cuts = [i in (3, 6) for i in range(12)]
   assert context.window_chunks(cuts, 6, 4) == (0, 3, 5, 6)
   assert context.window_chunks(cuts, 11, 4) == (0, 6, 10, 11)
+
+
+@pytest.mark.parametrize(
+  "rules",
+  [
+    {},
+    {"clean_recache": False},
+    {"multi_shot_sink": False, "clean_recache": False},
+    {"sink": False, "multi_shot_sink": False, "clean_recache": False},
+  ],
+  ids=["all", "no_recache", "one_sink", "no_sink"],
+)
+def test_it_is_what_the_cache_of_the_generator_holds(rules):
+  """Runs the real cache, one frame a chunk, over 16 videos with their own cuts."""
+  chunks, batch, window = 12, 16, 4
+  cuts = np.random.default_rng(1).random((chunks, batch)) < 0.3
+  sampling = sampler.Sampling(
+    frames_per_chunk=1,
+    window_frames=window,
+    sink_frames=int(rules.get("sink", True)),
+    multi_shot_sink=rules.get("multi_shot_sink", True),
+    clean_recache=rules.get("clean_recache", True),
+  )
+  cache = kv_cache.init_cache(
+    sampling.cache_rules,
+    layers=1,
+    batch=batch,
+    capacity_frames=window,
+    tokens_per_frame=1,
+    heads=1,
+    head_dim=1,
+    dtype=jnp.float32,
+  )
+
+  @jax.jit
+  def step(cache, chunk, cut):
+    frames = jnp.full((batch, 1), chunk, jnp.int32)
+    attended = kv_cache.place(cache, frames).frame
+    cut &= sampling.pins & (chunk > 0)
+    if sampling.clean_recache:
+      cache = kv_cache.reset(cache, cut)
+    placement = kv_cache.place(cache, frames)
+    empty = jnp.zeros((1, batch, 1, 1, 1, 1))
+    cache = kv_cache.commit(cache, placement, empty, empty)
+    return attended, kv_cache.pin(cache, frames, cut)
+
+  for chunk in range(chunks):
+    attended, cache = step(cache, chunk, cuts[chunk])
+    for b, row in enumerate(np.asarray(attended)):
+      held = context.window_chunks(cuts[:, b], chunk, window, **rules)
+      assert tuple(sorted(row[row >= 0])) == held, (b, chunk)
 
 
 def test_views_count_only_true_caches():

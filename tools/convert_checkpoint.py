@@ -11,7 +11,7 @@ Parameters are read, stacked and written one after the other, so that memory hol
 few of them, never the model.
 """
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from longlive_jax.checkpoint import convert, lora, store
 
@@ -35,6 +35,7 @@ _ALPHA = flags.DEFINE_float("alpha", None, "Of the LoRA; its rank if not given."
 
 def main(argv: list[str]) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every step
   if _KIND.value == "lora":
     adapter = lora.load_lora(_SOURCE.value, _LAYERS.value, _ALPHA.value)
     lora.save_lora(_OUT.value, adapter, _SOURCE.value)

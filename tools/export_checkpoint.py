@@ -6,7 +6,7 @@ Names, shapes, dtypes and bytes are those of the file that was converted. The VA
 latent statistics, which PyTorch files lack, go into the file's header.
 """
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from longlive_jax.checkpoint import convert
 
@@ -17,6 +17,7 @@ _PREFIX = flags.DEFINE_string("prefix", "", "In front of every name, e.g. 'model
 
 def main(argv: list[str]) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every step
   convert.export(_SOURCE.value, _OUT.value, _PREFIX.value)
   print(f"wrote {_OUT.value}")
 

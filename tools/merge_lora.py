@@ -7,7 +7,7 @@
 W + weight * alpha / rank * B A in float32, rounded once to the weight's dtype.
 """
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from longlive_jax.checkpoint import convert
 
@@ -20,6 +20,7 @@ _OUT = flags.DEFINE_string("out", None, "Checkpoint folder to make.")
 
 def main(argv: list[str]) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every step
   convert.merge(_BASE.value, _LORA.value, _OUT.value, _WEIGHT.value, _ALPHA.value)
   print(f"wrote {_OUT.value}")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from parity_runners import RUNNERS
 from parity_runners.common import Case, Result
 
@@ -208,6 +208,7 @@ def own_behaviour(case: Case, runner: Callable[[Case], Result]) -> list[str]:
 
 def main(argv: list[str]) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)  # JAX lists the devices it lacks
   # A GPU multiplies float32 in TF32 unless told otherwise.
   jax.config.update("jax_default_matmul_precision", "highest")
   sys.exit(1 if run(Path(_CASES.value), _ONLY.value) else 0)

@@ -53,7 +53,7 @@ def calls(case: Case) -> Result:
       cache = _empty_cache(case, model, b, y, columns)
     else:
       cache = _between(cache, last[which], record["indices_before"])
-    offset = frame_offsets(record.get("rope_temporal_offset", 0.0), b, start, f)
+    offset = frame_offsets(record.get("rope_temporal_offset") or 0.0, b, start, f)
     positions = dit.temporal_positions(frames, offset, t_scale)
     t = np.broadcast_to(t, (b, f))
     flow, caches[which] = call(
