@@ -29,10 +29,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.size = arg  # of longlive_jax.models.vae.VAE_SIZES
   c.seed = 0
   c.steps = 5000
-  c.batch_size = 16
-  # 1 + 4 k frames of a window. More than 17, so that most of what is decoded has a
-  # past: streams at generation are hundreds of frames long.
-  c.frames = 33
+  c.batch_size = 20
+  c.frames = 17  # 1 + 4 k frames of a window
   c.dtype = "bfloat16"  # of the computation; master weights are float32
 
   c.data = ml_collections.ConfigDict()
@@ -49,6 +47,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.loss = ml_collections.ConfigDict()
   c.loss.kl = 1e-4
   c.loss.difference = 1.0
+  c.loss.square = 5.0
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.learning_rate = 2e-3

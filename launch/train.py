@@ -53,7 +53,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 
   # ------------------------------------------------------------------ data
   source = clip_source(config.data.folder)
-  vae = store.load_vae(config.vae, dtype=jnp.float32)
+  vae = store.load_vae(config.vae, dtype=jnp.dtype(config.dtype))
   if vae.config.z_dim != dit_config.in_channels:
     raise ValueError(
       f"vae={config.vae!r} makes {vae.config.z_dim} channels, dit={config.dit!r} reads "

@@ -8,7 +8,7 @@ For the frames of one shot, in this order:
   colour      vote of the pixels that differ most from that background
   subject     per pixel, how far it lies on the way from background to that colour
   shape, size the subject mask, centred and averaged over frames, correlated with
-              every shape at many radii
+              every shape at many radii and sharpnesses
   motion      principal axes of the path of the mask's centroid: round or straight,
               and in which direction
 
@@ -37,6 +37,8 @@ from longlive_jax.data.toy_render import (
 _SAMPLED_FRAMES = 12  # of a shot, for background, colour and shape
 _GRID = 32  # half side of the centred mask, in pixels
 _RADII = np.arange(11.0, 30.0, 1.0)
+# Pixels. Against sharp templates alone every blurred shape looks most like a circle.
+_BLURS = (0.0, 1.0, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -200,16 +202,20 @@ def _centroids(masks: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _templates() -> tuple[np.ndarray, tuple[tuple[str, float], ...]]:
-  """Every shape at every radius around its own centroid, unit norm: (n, side^2)."""
+  """Every shape, radius and blur around its own centroid, unit norm: (n, side^2)."""
   axis = np.arange(-_GRID, _GRID + 1, dtype=np.float32)
   x, y = np.meshgrid(axis, axis)
-  labels = tuple((shape, float(r)) for shape in SHAPES for r in _RADII)
+  labels = tuple(
+    (shape, float(r)) for shape in SHAPES for r in _RADII for _ in _BLURS
+  )
   rows = []
-  for shape, radius in labels:
+  for shape, radius in labels[:: len(_BLURS)]:
     mask = coverage(shape, x, y, radius)
     dx, dy = (mask * x).sum() / mask.sum(), (mask * y).sum() / mask.sum()
     mask = coverage(shape, x + dx, y + dy, radius)
-    rows.append(mask.ravel() / np.linalg.norm(mask))
+    for blur in _BLURS:
+      soft = ndimage.gaussian_filter(mask, blur)
+      rows.append(soft.ravel() / np.linalg.norm(soft))
   return np.stack(rows), labels
 
 

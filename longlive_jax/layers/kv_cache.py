@@ -69,7 +69,7 @@ class Placement:
   Attributes:
     slot: int32 (b, f), the slot that each chunk frame takes.
     source: int32 (b, slots), the chunk frame that lands in a slot, -1 = keep it.
-    frame, pinned: (b, slots) after the write.
+    frame, pinned: (b, slots) after the write; has_pin: (b,) after it.
     order: int32 (b, window), slots of the attended frames in ascending frame order,
       or None when the window is the whole cache (then slots 0..length are attended).
     rank: int32 (b, slots or window), position of a key in the ascending attended list.
@@ -80,6 +80,7 @@ class Placement:
   source: Array
   frame: Array
   pinned: Array
+  has_pin: Array
   order: Array | None
   rank: Array
   length: Array
@@ -163,45 +164,56 @@ def place(cache: KVCache, frames: Array) -> Placement:
   new_frame = jnp.take_along_axis(frames, jnp.maximum(source, 0), axis=1)
   frame = jnp.where(taken, new_frame, cache.frame)
   pinned = cache.pinned & ~(taken & ~present[:, None])
+  has_pin = cache.has_pin
   if rules.reference:
     # The reference keeps an index, not flags: once a pinned frame is evicted the
-    # index points at other data for good, so the whole pin is lost.
+    # index points at other data for good, so the whole pin is lost. An index that
+    # falls below 0 even means that there never was a pin.
     lost = jnp.any(pinned != cache.pinned, axis=1)
     pinned &= ~lost[:, None]
-  else:
-    pin_rank = None  # of the state after the write, see _attended
+    evicted = jnp.sum(filled & taken, axis=1)
+    has_pin &= ~(lost & (pin_rank < evicted))
 
-  order, key_rank, length = _attended(
-    rules, frame, pinned, head, pin_rank, pin_count
-  )
-  return Placement(slot, source, frame, pinned, order, key_rank, length)
-
-
-def _attended(rules, frame, pinned, head, pin_rank, pin_count):
-  """Attended slots (SPEC 2.4, rule 2): order, rank in the list, count."""
-  slots, window = frame.shape[1], rules.window_frames
-  rank = _rank(frame)
-  count = jnp.sum(frame >= 0, axis=1, dtype=jnp.int32)  # (b,)
+  new_rank = _rank(frame)
+  length = jnp.sum(frame >= 0, axis=1, dtype=jnp.int32)  # (b,)
+  window = rules.window_frames
   if window == slots:
-    return None, rank, count
-  reference = pin_rank is not None
-  if not reference:
-    pin_rank, pin_count = _pin_rank(pinned, rank), jnp.sum(pinned, axis=1)
-  joined = (pin_count > 0) & (pin_rank == rules.global_sink_frames)
+    return Placement(slot, source, frame, pinned, has_pin, None, new_rank, length)
+  if rules.reference:
+    keep = _reference_keep(frame, new_rank, head, pin_rank, pin_count, window)
+  else:
+    keep = _keep(frame, pinned | (new_rank < head[:, None]), window)
+  order = jnp.argsort(jnp.where(keep, new_rank, slots + new_rank), axis=1)[:, :window]
+  list_rank = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), order.shape)
+  length = jnp.sum(keep, axis=1, dtype=jnp.int32)
+  order = order.astype(jnp.int32)
+  return Placement(slot, source, frame, pinned, has_pin, order, list_rank, length)
+
+
+def _keep(frame, protected, window):
+  """Attended slots (b, slots): what is protected, then the newest others."""
+  protected &= frame >= 0
+  others = jnp.where(protected, -1, frame)
+  surplus = jnp.sum(frame >= 0, axis=1) - window  # others that are too many
+  return protected | ((others >= 0) & (_rank(others) >= surplus[:, None]))
+
+
+def _reference_keep(frame, rank, head, pin_rank, pin_count, window):
+  """Attended slots (b, slots) in the reference (SPEC 2.4, rule 2).
+
+  pin_rank, pin_count: (b,) of the state before the write.
+  """
+  count = jnp.sum(frame >= 0, axis=1)
+  joined = (pin_count > 0) & (pin_rank == head)
   head = head + jnp.where(joined, pin_count, 0)
   # The reference asks whether the pin lies before the window, although the local part
-  # starts `head` frames later: pins in between drop out. We ask for the local part.
-  start = count - window + jnp.where(reference, 0, head)
-  apart = (pin_count > 0) & (pin_rank >= head) & (pin_rank < start)
+  # starts `head` frames later: pins in between drop out.
+  apart = (pin_count > 0) & (pin_rank >= head) & (pin_rank < count - window)
   local = window - head - jnp.where(apart, pin_count, 0)
   in_pin = (rank >= pin_rank[:, None]) & (rank < (pin_rank + pin_count)[:, None])
   keep = (rank < head[:, None]) | (rank >= (count - local)[:, None])
   keep |= apart[:, None] & in_pin
-  keep |= (count <= window)[:, None]
-  keep &= frame >= 0
-  order = jnp.argsort(jnp.where(keep, rank, slots + rank), axis=1)[:, :window]
-  list_rank = jnp.broadcast_to(jnp.arange(window, dtype=jnp.int32), order.shape)
-  return order.astype(jnp.int32), list_rank, jnp.sum(keep, axis=1, dtype=jnp.int32)
+  return (keep | (count <= window)[:, None]) & (frame >= 0)
 
 
 def attended(
@@ -242,6 +254,7 @@ def commit(cache: KVCache, placement: Placement, k: Array, v: Array) -> KVCache:
     v=cache.v.at[:, rows, placement.slot].set(v.astype(cache.v.dtype)),
     frame=placement.frame,
     pinned=placement.pinned,
+    has_pin=placement.has_pin,
   )
 
 

@@ -65,7 +65,7 @@ SIZES: dict[str, WanConfig] = {
     dim=1536, ffn_dim=8960, heads=12, layers=30, in_channels=16, out_channels=16
   ),
   "toy": WanConfig(
-    dim=256, ffn_dim=768, heads=4, layers=6, in_channels=16, out_channels=16,
+    dim=256, ffn_dim=768, heads=4, layers=6, in_channels=24, out_channels=24,
     freq_dim=128, text_dim=128, text_len=48,
   ),
   "test": WanConfig(

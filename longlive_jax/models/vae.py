@@ -113,7 +113,7 @@ class VAEConfig:
 VAE_SIZES = {
   "wan2.2": VAEConfig(dim=160, dec_dim=256, z_dim=48),
   "wan2.2-light": VAEConfig(dim=40, dec_dim=64, z_dim=48),
-  "toy": VAEConfig(dim=8, dec_dim=16, z_dim=16),
+  "toy": VAEConfig(dim=16, dec_dim=20, z_dim=24),
   "test": VAEConfig(dim=8, dec_dim=8, z_dim=8),
 }
 

@@ -31,10 +31,11 @@ def window_chunks(
     cuts: (chunks,) whether a chunk starts a new shot; the first never counts.
     current: chunk number.
     window: chunks that the cache holds, the current one included; at least 3 with
-      both sinks, so that the current chunk is never the only candidate to drop.
+      both sinks, else 2.
     sink: keep the first chunk of the video.
-    multi_shot_sink: keep the first chunk of the current shot.
-    clean_recache: forget the last shot once its successor's first chunk is made.
+    multi_shot_sink: keep the first chunk of the current shot, too; needs `sink`.
+    clean_recache: forget the last shot once its successor's first chunk is made;
+      needs `multi_shot_sink`.
 
   Returns:
     Ascending chunk numbers, at most `window` of them, ending in `current`.
@@ -44,7 +45,8 @@ def window_chunks(
   """
   if not 0 <= current < len(cuts):
     raise ValueError(f"current={current} must lie in [0, {len(cuts)})")
-  least = 1 + int(sink) + int(multi_shot_sink)
+  pins = sink and multi_shot_sink
+  least = 3 if pins else 2
   if window < least:
     raise ValueError(f"window={window} chunks cannot hold the sinks; use {least}")
   held: list[int] = []
@@ -53,11 +55,9 @@ def window_chunks(
     held.append(chunk)
     if len(held) > window:
       held.remove(next(c for c in held if c != pinned and not (sink and c == 0)))
-    if chunk < current and chunk > 0 and cuts[chunk]:
-      if clean_recache:
-        held = [0, chunk] if sink else [chunk]
-      if multi_shot_sink:
-        pinned = chunk
+    if pins and 0 < chunk < current and cuts[chunk]:
+      held = [0, chunk] if clean_recache else held
+      pinned = chunk
   return tuple(held)
 
 
@@ -124,5 +124,5 @@ def draw_view(
   if kind < plain:
     return np.arange(window, dtype=np.int32), np.ones(window, np.float32)
   if kind < plain + no_sink:
-    rules = {**rules, "sink": False, "multi_shot_sink": False}
+    rules = {**rules, "sink": False}
   return context_view(cuts, current, window, window, **rules)
