@@ -64,7 +64,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.solver = "unipc"
   config.steps = 8
   config.shift = 3.0
-  config.guidance = 1.0
+  config.guidance = 2.0
   config.negative_prompt = ""
 
   # The run. `devices` share the videos of a batch; `decode_frames` are decoded at a
@@ -84,6 +84,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     config.steps = 4
     config.shift = 5.0
     config.decode_frames = 1
+    config.guidance = 1.0
   if "i2v" in options:
     config.i2v = True
   if "no_sinks" in options:

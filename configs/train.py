@@ -2,7 +2,7 @@
 
 The toy model of the quickstart, on one GPU:
 
-  python -m longlive_jax.data.toy_world --out outputs/toy_data --clips 4000
+  python -m longlive_jax.data.toy_world --out outputs/toy_data --clips 3400
   python launch/train_vae.py --config configs/train_vae.py:toy
   python launch/train.py --config configs/train.py:toy
   python tools/plot_metrics.py outputs/train_toy/metrics.jsonl --out curves.png
@@ -29,13 +29,13 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.workdir = f"outputs/train_{arg}"
   c.seed = 0
-  c.steps = 20_000
+  c.steps = 13_000
   c.batch_size = 64  # sequences of view.window chunks
 
   # What is trained. `vae` is a checkpoint folder; `init` one to start from, or ''.
   c.dit = "toy"
   c.text = "toy"
-  c.vae = "outputs/toy_vae"
+  c.vae = f"outputs/{arg}_vae"
   c.init = ""
   c.tokenizer = ""  # a tokenizer.json; '' learns one from the captions
   c.train_text = "joint"  # or 'frozen'
@@ -48,7 +48,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.data.frames_per_chunk = 8
   c.data.encode_once = True  # False: read and encode during training
   c.data.latents = "outputs/toy_latents"  # where encoded clips are kept; '' nowhere
-  c.data.encode_batch = 8
+  c.data.encode_batch = 32
   c.data.threads = 16
 
   # Which chunks a sequence is made of: see longlive_jax/train/context.py.

@@ -2,7 +2,7 @@
 
 The toy VAE of the quickstart, about six minutes on one H200:
 
-  python -m longlive_jax.data.toy_world --out outputs/toy_data --clips 4000
+  python -m longlive_jax.data.toy_world --out outputs/toy_data --clips 3400
   python launch/train_vae.py --config configs/train_vae.py:toy \
       --config.data.folder=outputs/toy_data --config.out=outputs/toy_vae
 
@@ -37,7 +37,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.data.folder = "outputs/toy_data"
   c.data.clips = 1200  # kept in memory, 19 MB each
   c.data.holdout = 16  # of these, for the final measurement only
-  c.data.statistics = 200  # clips that the latent statistics are measured on
+  c.data.statistics = 100  # clips that the latent statistics are measured on
   c.data.chunks = 12  # from the start of every clip; shorter ones are skipped
   c.data.frames_per_chunk = 8
   c.data.height = 128

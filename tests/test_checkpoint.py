@@ -119,6 +119,9 @@ def test_missing_foreign_and_truncated_checkpoints(tmp_path):
     (p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
   )
   data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+  with pytest.raises(ValueError, match=r"is damaged: .* bytes instead of"):
+    store.load_metadata(path)  # noticed before any array is read
+  (path / "sizes.json").unlink()  # as plain Orbax writes it
   with pytest.raises(ValueError, match="is damaged"):
     store.load(path)
   (path / "state" / "_METADATA").write_text("{")

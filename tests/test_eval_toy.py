@@ -1,6 +1,7 @@
 """The evaluation scores a perfect generator with 1 and a forgetful one with less."""
 
 import dataclasses
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -17,19 +18,20 @@ from longlive_jax.models.text import Tokenizer, train_toy_tokenizer
 from tools import eval_toy
 
 
-def chunk_frames(scenes):
-  """The true frames, chunk by chunk."""
+def chunk_frames(scenes, wanted):
+  """The true frames of the wanted chunks, None for the others."""
   videos = np.stack([toy_world.render(scene) for scene in scenes])
   cuts = 32 * np.arange(1, scenes[0].chunks) - 3
-  return np.split(videos, cuts, axis=1)
+  chunks = np.split(videos, cuts, axis=1)
+  return [c if i in wanted else None for i, c in enumerate(chunks)]
 
 
-def forgetful(scenes):
+def forgetful(scenes, wanted):
   """Another subject in the second half of the video."""
   red = toy_world.Subject("ring", "red", "large", "solid")
   blue = toy_world.Subject("star", "blue", "large", "solid")
-  first = chunk_frames([dataclasses.replace(s, subject=red) for s in scenes])
-  other = chunk_frames([dataclasses.replace(s, subject=blue) for s in scenes])
+  first = chunk_frames([dataclasses.replace(s, subject=red) for s in scenes], wanted)
+  other = chunk_frames([dataclasses.replace(s, subject=blue) for s in scenes], wanted)
   half = len(first) // 2
   return first[:half] + other[half:]
 
@@ -47,6 +49,9 @@ def test_true_frames_score_one():
   assert set(scores) == {"shape", "colour", "background", "motion", "all four"}
   assert set(scores.values()) == {1.0}
   assert set(run("shots", chunk_frames, videos=2).values()) == {1.0}
+  scores = run("minute", chunk_frames, videos=1)
+  assert scores.pop("drift") == 0
+  assert set(scores.values()) == {1.0}
 
 
 def test_a_forgotten_subject_is_noticed():
@@ -90,9 +95,15 @@ def test_networks_generate_what_can_be_scored(tmp_path):
   config = generate_config.get_config("toy")
   config.steps, config.guidance = 2, 2.0
   sampling = eval_toy.sampling_of(config, sinks=True)
-  frames = list(eval_toy.generate(nets, sampling, scenes, seed=0, size=64))
+  generate = functools.partial(
+    eval_toy.generate, nets, sampling, scenes, seed=0, size=64
+  )
+  frames = list(generate({0, 1}))
   assert [f.shape for f in frames] == [(2, 29, 64, 64, 3), (2, 32, 64, 64, 3)]
   assert frames[0].dtype == np.uint8
+  alone = list(generate({1}))  # chunk 0 is decoded as its past all the same
+  assert alone[0] is None
+  np.testing.assert_array_equal(alone[1], frames[1])
 
 
 def test_table_has_one_row_a_score():

@@ -8,7 +8,9 @@ Three tests on prompts that training never saw (longlive_jax/data/toy_world.py):
            shape nor colour: does the subject stay the same?
   minute   the last shot of a 60-second video of many shots
 
-`shots` and `minute` run once more without sinks, to show what they do.
+Only shots that a score looks at are decoded; where earlier ones are left out, decoding
+starts one chunk before the shot, so that its frames have a past. `shots` and `minute`
+run once more without sinks, to show what they do.
 
   python tools/eval_toy.py
   python tools/eval_toy.py --config.weights=outputs/toy_train/model \
@@ -64,8 +66,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.")
 _SINKS = flags.DEFINE_enum("sinks", "both", ["both", "on", "off"], "With, without.")
 _OUT = flags.DEFINE_string("out", "tools/results/eval_toy.json", "Report.")
 
-# One batch of scenes -> the frames of each chunk in turn, uint8 (b, t, h, w, 3).
-Generate = Callable[[Sequence[Scene]], Iterable[np.ndarray]]
+# One batch of scenes and the numbers of the chunks that are looked at -> for each chunk
+# in turn its frames, uint8 (b, t, h, w, 3), or None.
+Generate = Callable[[Sequence[Scene], set[int]], Iterable[np.ndarray | None]]
 Pool = concurrent.futures.Executor
 
 
@@ -131,19 +134,28 @@ def _embed(encoder: umt5.UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Ar
   return encoder(ids, mask).astype(jnp.float32)
 
 
+@jax.jit
+def _decode(
+  network: vae.VideoVAE, state: vae.DecoderState, latents: jax.Array
+) -> tuple[jax.Array, jax.Array, vae.DecoderState]:
+  frames, dropped, state = vae.decode_chunk(network, state, latents)
+  return vae.to_uint8(frames), dropped, state
+
+
 def generate(
   nets: Networks,
   sampling: Sampling,
   scenes: Sequence[Scene],
+  wanted: set[int],
   *,
   seed: int,
   size: int,
   negative_prompt: str = "",
-) -> Iterator[np.ndarray]:
+) -> Iterator[np.ndarray | None]:
   """Generates the scenes (all with the same number of chunks) as one batch.
 
   Yields:
-    uint8 (b, t, h, w, 3), the frames of one chunk.
+    For each chunk its frames, uint8 (b, t, h, w, 3), or None if it is not wanted.
   """
   board = storyboard.from_prompt_lists([scene_prompts(scene) for scene in scenes])
   arrays = board.arrays()
@@ -162,25 +174,36 @@ def generate(
   latents = size // 16
   state = init_state(
     nets.model,
-    nets.vae,
+    None,
     sampling,
     key=jax.random.key(seed),
     samples=np.arange(len(scenes)),
     y=latents,
     x=latents,
   )
-  chunks = stream(nets.model, nets.vae, state, story, sampling, decode_frames=8)
-  for chunk in chunks:
-    yield chunk.frames
+  fresh = vae.init_decoder_state(nets.vae, len(scenes), latents, latents)
+  decoder = fresh
+  for chunk in stream(nets.model, None, state, story, sampling):
+    if not wanted & {chunk.index, chunk.index + 1}:
+      decoder = fresh
+      yield None
+      continue
+    frames, dropped, decoder = _decode(nets.vae, decoder, chunk.latents)
+    frames = np.asarray(frames)[:, int(dropped[0]) :]
+    yield frames if chunk.index in wanted else None
 
 
 # ---------------------------------------------------------------- frames to numbers
 
 
 def detect_shots(
-  generate_batch: Generate, scenes: Sequence[Scene], batch: int, pool: Pool
+  generate_batch: Generate,
+  scenes: Sequence[Scene],
+  batch: int,
+  pool: Pool,
+  shots: Sequence[int] | None = None,
 ) -> list[list[Detection]]:
-  """Generates all scenes and detects every shot: one list a scene.
+  """Generates all scenes and detects the given shots (default all): a list a scene.
 
   The scenes must have the same shots in length, so that a whole batch finishes a shot
   at once and its frames can be dropped.
@@ -188,14 +211,18 @@ def detect_shots(
   lengths = [shot.chunks for shot in scenes[0].shots]
   if any([shot.chunks for shot in scene.shots] != lengths for scene in scenes):
     raise ValueError("all scenes must have shots of the same lengths")
-  ends = set(np.cumsum(lengths).tolist())
+  ends = np.cumsum(lengths).tolist()
+  shots = range(len(lengths)) if shots is None else shots
+  wanted = {c for s in shots for c in range(ends[s] - lengths[s], ends[s])}
   futures: list[list[concurrent.futures.Future]] = [[] for _ in scenes]
   for start in range(0, len(scenes), batch):
     part = list(scenes[start : start + batch])
     # The last batch is filled up, so that it needs no program of its own.
     filled = part + part[:1] * (batch - len(part))
     chunks: list[np.ndarray] = []
-    for number, frames in enumerate(generate_batch(filled), 1):
+    for number, frames in enumerate(generate_batch(filled, wanted), 1):
+      if frames is None:
+        continue
       chunks.append(frames)
       if number in ends:
         shot = np.concatenate(chunks, axis=1)
@@ -272,7 +299,8 @@ def evaluate(
   lengths = FOUR_SHOTS if test == "shots" else MINUTE
   first = seed * 1_000_000
   scenes = [toy_world.heldout_scene(first + i, lengths) for i in range(videos)]
-  found = detect_shots(generate_batch, scenes, batch, pool)
+  ends = (0, len(lengths) - 1) if test == "minute" else None
+  found = detect_shots(generate_batch, scenes, batch, pool, ends)
   if test == "shots":
     return score_identity(found) | score_later_shots(scenes, found)
   kept = _share(detectors.same_identity(row[0], row[-1]) for row in found)

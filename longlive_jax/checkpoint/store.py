@@ -3,7 +3,8 @@
 On disk a checkpoint is one flat mapping from parameter path ("blocks.ffn.fc1.weight")
 to array, with a JSON record beside it. It knows nothing of Python classes, so that
 code may move and a checkpoint stays readable. Orbax writes to a temporary folder and
-renames it: what bears the final name is whole.
+renames it: what bears the final name is whole. File sizes are listed in it, so that a
+copy that was cut short is noticed at once, not when its last array is read.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ NETWORKS: dict[str, tuple[type, type, Mapping[str, Any]]] = {
   "vae": (vae.VideoVAE, vae.VAEConfig, vae.VAE_SIZES),
   "umt5": (umt5.UMT5Encoder, umt5.UMT5Config, umt5.UMT5_SIZES),
 }
+_SIZES = "sizes.json"  # of all files of a checkpoint, in bytes
 _GROUP_BYTES = 2**29  # arrays written at a time when a checkpoint comes as a stream
 
 
@@ -95,6 +97,7 @@ def save(
     raise ValueError(f"path={target}: the tree has no arrays to save")
   new = target.with_name(f".{target.name}.new") if target.exists() else target
   ocp.save(new, leaves, custom_metadata=_checked_json(metadata), overwrite=True)
+  _write_sizes(new)
   if new != target:
     _replace(target, new)
 
@@ -124,6 +127,7 @@ def save_stream(
     for group in _groups(leaves):
       ocp.partial.save(target, group, custom_metadata=record)
     ocp.partial.finalize(target)
+    _write_sizes(target)
   except BaseException:
     shutil.rmtree(unfinished, ignore_errors=True)
     raise
@@ -360,6 +364,7 @@ def _metadata(path: PathLike) -> Any:
       f"{folder} is not a checkpoint of this project; convert PyTorch files with "
       "tools/convert_checkpoint.py"
     )
+  _check_sizes(folder)
   try:
     metadata = ocp.metadata(folder)
     if not isinstance(metadata.metadata, dict):
@@ -369,6 +374,39 @@ def _metadata(path: PathLike) -> Any:
     raise ValueError(
       f"checkpoint {folder} is damaged: {_brief(error)}; copy or convert it again"
     ) from error
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+  files = (file for file in folder.rglob("*") if file.is_file())
+  return {
+    file.relative_to(folder).as_posix(): file.stat().st_size
+    for file in files
+    if file.name != _SIZES
+  }
+
+
+def _write_sizes(folder: Path) -> None:
+  (folder / _SIZES).write_text(json.dumps(_file_sizes(folder), indent=1) + "\n")
+
+
+def _check_sizes(folder: Path) -> None:
+  if not (folder / _SIZES).exists():  # saved by plain Orbax
+    return
+  have = _file_sizes(folder)
+  try:
+    wanted = json.loads((folder / _SIZES).read_text())
+    wrong = [
+      f"{name} has {have.get(name, 0)} bytes instead of {size}"
+      for name, size in wanted.items()
+      if have.get(name, 0) != size
+    ]
+  except (ValueError, AttributeError) as error:
+    wrong = [f"{_SIZES} cannot be read ({_brief(error)})"]
+  if wrong:
+    raise ValueError(
+      f"checkpoint {folder} is damaged: {'; '.join(wrong[:5])}; copy or convert it "
+      "again"
+    )
 
 
 def _check(
