@@ -3,9 +3,9 @@
 Three shots of the shipped toy model, about 12 seconds of video:
 
   python launch/generate.py --output outputs/quickstart \
-    --prompt "a red circle slides from side to side on the grass" \
-    --prompt "it bounces up and down in the night sky" \
-    --prompt "it moves in circles over a brick wall"
+    --prompt "A red star slides from side to side on the grass." \
+    --prompt "A red star bounces up and down in the night sky." \
+    --prompt "A red star circles around in front of a brick wall."
 
 writes video.mp4, shots.png (all shots at a glance) and run.json (settings, versions,
 device, speed) to the output folder. Others:

@@ -4,9 +4,12 @@ Three tests on prompts that training never saw (longlive_jax/data/toy_world.py):
 
   single   one shot of a held-out combination: are shape, colour, background and
            motion those of the caption?
-  shots    four shots, the later ones captioned by back references that name neither
-           shape nor colour: does the subject stay the same?
+  shots    four shots: does the subject stay the same?
   minute   the last shot of a 60-second video of many shots
+
+Later shots are captioned by back references that name neither shape nor colour
+("the same subject ..."), so that only memory can tell; with --captions=full they
+describe the subject again, as a storyboard of a user would.
 
 Only shots that a score looks at are decoded; where earlier ones are left out, decoding
 starts one chunk before the shot, so that its frames have a past. `shots` and `minute`
@@ -62,6 +65,9 @@ _VIDEOS = flags.DEFINE_integer("videos", 200, "Videos of single and shots.", 1)
 _MINUTES = flags.DEFINE_integer("minutes", 100, "Videos of minute.", 1)
 _CHUNKS = flags.DEFINE_integer("chunks", 2, "Chunks of a video of single.", 1)
 _BATCH = flags.DEFINE_integer("batch", 50, "Videos generated together.", 1)
+_CAPTIONS = flags.DEFINE_enum(
+  "captions", "reference", ["reference", "full"], "Captions of later shots."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.")
 _SINKS = flags.DEFINE_enum("sinks", "both", ["both", "on", "off"], "With, without.")
 _OUT = flags.DEFINE_string("out", "tools/results/eval_toy.json", "Report.")
@@ -284,6 +290,7 @@ def evaluate(
   batch: int,
   chunks: int,
   seed: int,
+  back_references: bool = True,
 ) -> dict[str, float]:
   """Runs one of TESTS; its scores by name, shares from 0 to 1."""
   batch = min(batch, videos)
@@ -298,7 +305,10 @@ def evaluate(
     return score_last_shot(scenes, found)
   lengths = FOUR_SHOTS if test == "shots" else MINUTE
   first = seed * 1_000_000
-  scenes = [toy_world.heldout_scene(first + i, lengths) for i in range(videos)]
+  scenes = [
+    toy_world.heldout_scene(first + i, lengths, back_references=back_references)
+    for i in range(videos)
+  ]
   ends = (0, len(lengths) - 1) if test == "minute" else None
   found = detect_shots(generate_batch, scenes, batch, pool, ends)
   if test == "shots":
@@ -366,10 +376,12 @@ def main(argv: list[str]) -> None:
           batch=_BATCH.value,
           chunks=_CHUNKS.value,
           seed=_SEED.value,
+          back_references=_CAPTIONS.value == "reference",
         )
         logging.info("%s, sinks %s: %s", test, sinks, results[test][sinks])
   results = {test: columns for test, columns in results.items() if columns}
-  flag_values = {f.name: f.value for f in (_VIDEOS, _MINUTES, _CHUNKS, _BATCH, _SEED)}
+  chosen = (_VIDEOS, _MINUTES, _CHUNKS, _BATCH, _CAPTIONS, _SEED)
+  flag_values = {flag.name: flag.value for flag in chosen}
   content = {
     "results": results,
     "flags": flag_values,

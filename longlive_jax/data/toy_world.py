@@ -188,11 +188,14 @@ def training_scene(seed: int, chunks: int = 12) -> Scene:
   return Scene(subject, tuple(shots))
 
 
-def heldout_scene(seed: int, shot_chunks: tuple[int, ...] = (1,)) -> Scene:
+def heldout_scene(
+  seed: int, shot_chunks: tuple[int, ...] = (1,), *, back_references: bool = True
+) -> Scene:
   """A clip for evaluation: its first shot is a held-out combination.
 
   Later shots (one per entry of `shot_chunks`, its length in chunks) are captioned by
-  back references only and have any other background and motion.
+  back references only, or by full descriptions if `back_references` is False, and have
+  any other background and motion.
   """
   rng = np.random.default_rng((seed, 1))
   combinations = held_out_combinations()
@@ -202,7 +205,7 @@ def heldout_scene(seed: int, shot_chunks: tuple[int, ...] = (1,)) -> Scene:
   for length in shot_chunks[1:]:
     others = tuple(name for name in BACKGROUNDS if name != shots[-1].background)
     background, motion = _choice(rng, others), _choice(rng, MOTIONS)
-    shots.append(_shot(rng, subject, background, motion, length, True))
+    shots.append(_shot(rng, subject, background, motion, length, back_references))
   return Scene(subject, tuple(shots))
 
 

@@ -86,6 +86,7 @@ def _blockwise(q, k, v, lengths, mask):
   k_blocks, v_blocks = _blocks(k, BLOCK_K), _blocks(v, BLOCK_K)
   k_starts = jnp.arange(k_blocks.shape[0]) * BLOCK_K
 
+  @jax.checkpoint  # nor the running sums of every pair of blocks
   def query_block(args):
     q_start, q_block = args
     q_index = q_start + jnp.arange(BLOCK_Q)

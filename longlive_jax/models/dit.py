@@ -346,7 +346,8 @@ def train_forward(
 
   Args:
     noisy: (b, f, y, x, c).
-    time, clean_time: timestep features (b, f, freq_dim) of both halves.
+    time, clean_time: timestep features (b, f, freq_dim) of both halves; the clean half
+      is at timestep 0 if not given.
     text: text embeddings (b, segments, k, text_dim), raw.
     clean: clean latents; given, the clip is teacher-forced: noisy chunk b sees clean
       chunks before b and itself.
@@ -378,6 +379,8 @@ def train_forward(
     mask = attn.blockwise_causal(frames_per_chunk * p, first * p)
     attend = attend_all(model.rotation(temporal, y, x), mask)
     return model(noisy, time, text, attend, remat=remat)[0]
+  if clean_time is None:
+    clean_time = time_features(np.zeros((b, f)), model.config.freq_dim)
   both = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), temporal)
   attend = attend_all(
     model.rotation(both, y, x), attn.teacher_forcing(f * p, frames_per_chunk * p)
