@@ -47,10 +47,13 @@ from longlive_jax.generate import stream as streams
 from longlive_jax.models import text, vae
 from longlive_jax.parallel import mesh as meshes
 
+# Flags belong to the process only when this file is the program: tests import several.
+_FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   str(Path(__file__).parents[1] / "configs" / "generate.py") + ":toy",
   "Settings; override with --config.NAME=VALUE.",
+  flag_values=_FLAGS,
 )
 
 

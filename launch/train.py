@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
 from ml_collections import config_flags
@@ -30,8 +30,11 @@ from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
 from longlive_jax.train import flow, latents, loop
 from longlive_jax.train import state as train_state
 
+# Flags belong to the process only when this file is the program: tests import several.
+_FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/train.py:toy", "Settings; override with --config.NAME=VALUE."
+  "config", "configs/train.py:toy", "Settings; override with --config.NAME=VALUE.",
+  flag_values=_FLAGS,
 )
 log = logging.getLogger("train")
 DTYPES = ("bfloat16", "float32")

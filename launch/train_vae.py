@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, logging
+from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
@@ -25,8 +25,11 @@ from longlive_jax.train import loop
 from longlive_jax.train import state as train_state
 from longlive_jax.train import vae as train_vae
 
+# Flags belong to the process only when this file is the program: tests import several.
+_FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/train_vae.py:toy", "Settings; override with --config.NAME=VALUE."
+  "config", "configs/train_vae.py:toy", "Settings; override with --config.NAME=VALUE.",
+  flag_values=_FLAGS,
 )
 _CLIPS_PER_CALL = 4  # whole clips encoded at a time when measuring
 

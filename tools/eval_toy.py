@@ -53,24 +53,40 @@ FOUR_SHOTS = (2, 2, 2, 2)  # chunks
 MINUTE = (4,) * 11 + (2,)  # 46 chunks: 1469 frames, 61 seconds
 TESTS = ("single", "shots", "minute")
 
+# Flags belong to the process only when this file is the program: tests import several.
+_FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   str(Path(__file__).parents[1] / "configs" / "generate.py") + ":toy",
   "Networks and sampling; override with --config.NAME=VALUE.",
+  flag_values=_FLAGS,
 )
 _TESTS = flags.DEFINE_multi_enum(
-  "test", list(TESTS), list(TESTS), "Which tests to run."
+  "test", list(TESTS), list(TESTS), "Which tests to run.", flag_values=_FLAGS
 )
-_VIDEOS = flags.DEFINE_integer("videos", 200, "Videos of single and shots.", 1)
-_MINUTES = flags.DEFINE_integer("minutes", 100, "Videos of minute.", 1)
-_CHUNKS = flags.DEFINE_integer("chunks", 2, "Chunks of a video of single.", 1)
-_BATCH = flags.DEFINE_integer("batch", 50, "Videos generated together.", 1)
+_VIDEOS = flags.DEFINE_integer(
+  "videos", 200, "Videos of single and shots.", 1, flag_values=_FLAGS
+)
+_MINUTES = flags.DEFINE_integer(
+  "minutes", 100, "Videos of minute.", 1, flag_values=_FLAGS
+)
+_CHUNKS = flags.DEFINE_integer(
+  "chunks", 2, "Chunks of a video of single.", 1, flag_values=_FLAGS
+)
+_BATCH = flags.DEFINE_integer(
+  "batch", 50, "Videos generated together.", 1, flag_values=_FLAGS
+)
 _CAPTIONS = flags.DEFINE_enum(
-  "captions", "reference", ["reference", "full"], "Captions of later shots."
+  "captions", "reference", ["reference", "full"], "Captions of later shots.",
+  flag_values=_FLAGS,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.")
-_SINKS = flags.DEFINE_enum("sinks", "both", ["both", "on", "off"], "With, without.")
-_OUT = flags.DEFINE_string("out", "tools/results/eval_toy.json", "Report.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", flag_values=_FLAGS)
+_SINKS = flags.DEFINE_enum(
+  "sinks", "both", ["both", "on", "off"], "With, without.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string(
+  "out", "tools/results/eval_toy.json", "Report.", flag_values=_FLAGS
+)
 
 # One batch of scenes and the numbers of the chunks that are looked at -> for each chunk
 # in turn its frames, uint8 (b, t, h, w, 3), or None.
