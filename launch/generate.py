@@ -135,12 +135,13 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
         f"continue_from={options.continue_from} holds {len(given)} videos for "
         f"{board.batch} storyboards; give one, or as many"
       )
-  if board.batch % config.devices or not 1 <= config.devices <= jax.device_count():
+  if not 1 <= config.devices <= jax.device_count() or board.batch % config.devices:
     raise ValueError(
       f"devices={config.devices} must divide the {board.batch} videos and be at most "
       f"the {jax.device_count()} that exist"
     )
   output = request.check_folder(options.output)
+  check_overwrites(options, output, snapshot)
   if options.save_state:
     request.check_folder(options.save_state, "save_state")
   cache_dir = request.check_folder(config.cache_dir, "cache_dir")
@@ -199,9 +200,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
       watch.frames(frames.shape[0] * frames.shape[1])
     else:
       if snapshot is None:
-        # Committed to the device like loaded weights are: else the second chunk, whose
-        # state comes out of the first, is compiled once more.
-        state = jax.device_put(init_state(), jax.devices()[0])
+        state = init_state()
       else:
         state = store.load(snapshot, jax.eval_shape(init_state))
         first_chunk = done = int(state.chunk)
@@ -270,10 +269,32 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   }
   try:
     record.sheet.save(output / "shots.png")
-    report.write_json(output / "run.json", result)
-  except (OSError, ValueError) as failed:
+  except (OSError, ValueError) as failed:  # a full disk, or no frame at all
     result["error"] = error or str(failed)
+  try:
+    report.write_json(output / "run.json", result)
+  except OSError as failed:
+    result["error"] = result["error"] or str(failed)
   return result
+
+
+def check_overwrites(options: Options, output: Path, snapshot: Path | None) -> None:
+  """Raises ValueError where a run would destroy, or mix with, what another one made."""
+  videos = [path.resolve() for path in output.glob("video*.mp4")]
+  source = Path(options.continue_from).resolve() if options.continue_from else None
+  if (snapshot is not None and videos) or source in videos:
+    raise ValueError(
+      f"output={output} holds a video that this one would overwrite; give another "
+      "--output"
+    )
+  start = 0 if snapshot is None else int(snapshot.name.removeprefix("chunk_"))
+  if options.save_state:
+    later = [c for c in snapshots.chunks(options.save_state) if c > start]
+    if later:
+      raise ValueError(
+        f"save_state={options.save_state} already holds states of another run, after "
+        f"chunks {later}; choose an empty folder"
+      )
 
 
 def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:

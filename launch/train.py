@@ -33,7 +33,8 @@ from longlive_jax.train import state as train_state
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/train.py:toy", "Settings; override with --config.NAME=VALUE.",
+  "config", str(Path(__file__).parents[1] / "configs" / "train.py") + ":toy",
+  "Settings; override with --config.NAME=VALUE.",
   flag_values=_FLAGS,
 )
 log = logging.getLogger("train")
@@ -80,7 +81,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     content = fingerprint(data.folder, config.vae)
     clips = latents.cached_clips(
       Path(data.latents) if data.latents else None,
-      f"{content} {data.chunks} {frames_per_chunk}",
+      f"{content} {data.chunks} {frames_per_chunk} {config.dtype}",
       encode,
     )
     log.info("%d clips ready in %.0f s", len(clips), time.perf_counter() - began)

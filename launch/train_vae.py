@@ -28,7 +28,8 @@ from longlive_jax.train import vae as train_vae
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/train_vae.py:toy", "Settings; override with --config.NAME=VALUE.",
+  "config", str(Path(__file__).parents[1] / "configs" / "train_vae.py") + ":toy",
+  "Settings; override with --config.NAME=VALUE.",
   flag_values=_FLAGS,
 )
 _CLIPS_PER_CALL = 4  # whole clips encoded at a time when measuring
@@ -58,6 +59,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   # ------------------------------------------------------------------ network
   network = jax.jit(lambda: VideoVAE(vae_config, rngs=nnx.Rngs(config.seed)))()
   network = train_vae.quiet_posterior(network)
+  # The published statistics belong to the published weights (48 channels).
+  z = vae_config.z_dim
+  network = train_vae.with_statistics(network, np.zeros(z), np.ones(z))
   count = sum(leaf.size for leaf in jax.tree.leaves(network))
   logging.info("%.2f million parameters", count / 1e6)
   optimizer = train_state.make_optimizer(settings.optimizer)
@@ -137,6 +141,9 @@ def check(config: ml_collections.ConfigDict) -> VAEConfig:
       f"frames={config.frames} must be 1 + {factor} k; "
       f"use {config.frames // factor * factor + 1}"
     )
+  for name in ("holdout", "statistics"):
+    if config.data[name] < 1:
+      raise ValueError(f"data.{name}={config.data[name]} must be at least 1")
   length = factor * (config.data.chunks * config.data.frames_per_chunk - 1) + 1
   if config.frames > length:
     raise ValueError(

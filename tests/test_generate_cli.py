@@ -104,16 +104,22 @@ def test_prompts_to_video(generate, config, tmp_path):
 def test_resume_rewind_and_branch(generate, config, tmp_path):
   states = str(tmp_path / "states")
 
-  def go(**options):
-    result = generate.run(config, generate.Options(output=str(tmp_path), **options))
+  def go(name, **options):
+    output = str(tmp_path / name)
+    result = generate.run(config, generate.Options(output=output, **options))
     assert not result["error"]
     return result
 
   shots = dict(prompt=("a red circle", "on blue"), chunks=4)
-  go(**shots, save_state=states, save_every=1)
+  go("straight", **shots, save_state=states, save_every=1)
+  # What was made is neither overwritten nor mixed with another run's.
+  with pytest.raises(ValueError, match=r"output=.* holds a video"):
+    go("straight", resume=states, rewind_to=2)
+  with pytest.raises(ValueError, match=r"save_state=.* already holds states"):
+    go("other", **shots, save_state=states)
   straight = store.load(f"{states}/chunk_00004")
   again = str(tmp_path / "again")
-  result = go(resume=states, rewind_to=2, save_state=again)
+  result = go("rest", resume=states, rewind_to=2, save_state=again)
   assert result["chunks"] == [2, 4] and result["speed"]["frames"] == 16
   resumed = store.load(f"{again}/chunk_00004")
   assert straight.keys() == resumed.keys()
@@ -123,7 +129,9 @@ def test_resume_rewind_and_branch(generate, config, tmp_path):
   # The branch goes on from the same state with a shot of its own.
   branch = str(tmp_path / "branch")
   prompt = (SCENE_CUT_PREFIX + "blue red",)
-  result = go(resume=states, rewind_to=2, save_state=branch, prompt=prompt, chunks=2)
+  result = go(
+    "way", resume=states, rewind_to=2, save_state=branch, prompt=prompt, chunks=2
+  )
   assert result["storyboard"][0]["cuts"] == [False, False, True, False]
   assert result["storyboard"][0]["prompts"][2:] == [prompt[0], "blue red"]
   branched = store.load(f"{branch}/chunk_00004")
@@ -187,6 +195,7 @@ def test_latents_that_are_not_finite(generate, config, weights, tmp_path):
   )
   result = generate.run(config, options)
   assert "chunk=0 has latents that are not finite" in result["error"]
+  assert "chunk=0" in json.loads((tmp_path / "run.json").read_text())["error"]
   assert result["state"] is None and not list(states.iterdir())
 
 

@@ -151,3 +151,11 @@ def test_writer_rejects_bad_input(tmp_path):
     writer.append(np.zeros((2, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="began with"):
       writer.append(np.zeros((2, 32, 64, 3), np.uint8))
+
+
+def test_a_photo_is_turned_upright(tmp_path):
+  image = Image.new("RGB", (8, 4))
+  exif = image.getexif()
+  exif[0x0112] = 6  # orientation: turned by a quarter
+  image.save(tmp_path / "a.jpg", exif=exif)
+  assert read_image(tmp_path / "a.jpg").shape == (8, 4, 3)

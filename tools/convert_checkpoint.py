@@ -3,7 +3,7 @@
   python tools/convert_checkpoint.py --kind generator --source model.pt --out ckpt/dit
   python tools/convert_checkpoint.py --kind vae --source Wan2.2_VAE.pth --out ckpt/vae
   python tools/convert_checkpoint.py --kind umt5 \\
-    --source models_t5_umt5-xxl-enc-bf16.pth --out ckpt/umt5
+    --source models_t5_umt5-xxl-enc-bf16.pth --out ckpt/text
   python tools/convert_checkpoint.py --kind lora --source lora.pt --out ckpt/lora
 
 Reads .safetensors, .pt and .pth files and diffusers-style folders; .pt needs torch.

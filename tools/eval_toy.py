@@ -16,7 +16,7 @@ starts one chunk before the shot, so that its frames have a past. `shots` and `m
 run once more without sinks, to show what they do.
 
   python tools/eval_toy.py
-  python tools/eval_toy.py --config.weights=outputs/toy_train/model \
+  python tools/eval_toy.py --config.weights=outputs/train_toy/model \
       --config.vae_weights=outputs/toy_vae --config.steps=8 --config.guidance=3
 
 Networks and sampling are those of launch/generate.py: configs/generate.py:toy, with

@@ -142,8 +142,9 @@ def find_cases(root: Path) -> list[Case]:
   found = []
   for file in sorted(root.rglob("case.json")):
     parts = file.parent.relative_to(root).parts
-    if parts and not any(part.startswith("_") for part in parts):
-      found.append(Case(file.parent, "/".join(parts)))
+    if not any(part.startswith("_") for part in parts):
+      # A folder of the tree may be given alone: the kind is the parent's name.
+      found.append(Case(file.parent, "/".join(file.parent.resolve().parts[-2:])))
   return found
 
 
@@ -189,7 +190,7 @@ def own_behaviour(case: Case, runner: Callable[[Case], Result]) -> list[str]:
   own = dataclasses.replace(case, reference=False)
   try:
     errors = judge(own, runner(own)).errors
-  except ValueError as error:
+  except Exception as error:  # a row of the report, not the end of the table
     return [f"  {case.name}: refused: {error}"]
   broken = {name: error for name, error in errors.items() if not error.passed}
   if not broken:

@@ -1,6 +1,6 @@
 """Draws the curves of training runs from metrics.jsonl into one PNG.
 
-  python tools/plot_metrics.py outputs/toy_train/metrics.jsonl --out curves.png
+  python tools/plot_metrics.py outputs/train_toy/metrics.jsonl --out curves.png
   python tools/plot_metrics.py a/metrics.jsonl b/metrics.jsonl --keys loss mse_level3
 
 One panel a metric, one line a file. Needs matplotlib (pip install matplotlib).

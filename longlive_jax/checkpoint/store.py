@@ -381,12 +381,14 @@ def _file_sizes(folder: Path) -> dict[str, int]:
   return {
     file.relative_to(folder).as_posix(): file.stat().st_size
     for file in files
-    if file.name != _SIZES
+    if not file.name.endswith(_SIZES)
   }
 
 
 def _write_sizes(folder: Path) -> None:
-  (folder / _SIZES).write_text(json.dumps(_file_sizes(folder), indent=1) + "\n")
+  beside = folder / f".{_SIZES}"
+  beside.write_text(json.dumps(_file_sizes(folder), indent=1) + "\n")
+  beside.rename(folder / _SIZES)  # half a list would condemn a whole checkpoint
 
 
 def _check_sizes(folder: Path) -> None:

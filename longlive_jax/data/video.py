@@ -11,7 +11,7 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def read_video(
@@ -85,7 +85,7 @@ def read_video(
 
 
 def read_image(path: str | Path) -> np.ndarray:
-  """Reads an image file as RGB uint8 (h, w, 3).
+  """Reads an image file as RGB uint8 (h, w, 3), turned upright.
 
   Raises FileNotFoundError, or ValueError naming a file that is no readable image.
   """
@@ -94,7 +94,7 @@ def read_image(path: str | Path) -> np.ndarray:
     raise FileNotFoundError(f"image {str(path)!r} does not exist")
   try:
     with Image.open(path) as image:
-      return np.asarray(image.convert("RGB"))
+      return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
   except (OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
 

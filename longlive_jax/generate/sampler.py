@@ -83,6 +83,8 @@ class Sampling:
       )
     if self.clean_recache and not self.multi_shot_sink:
       raise ValueError("clean_recache=True needs multi_shot_sink=True")
+    if not np.isfinite(self.guidance):
+      raise ValueError(f"guidance={self.guidance} must be a number; 1 turns it off")
     schedule.solver_table(self.solver, self.steps, self.shift)  # checks all three
 
   @property

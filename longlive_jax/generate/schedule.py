@@ -45,7 +45,7 @@ def flow_sigmas(steps: int, shift: float) -> np.ndarray:
   """`steps` float64 sigmas from 1 downwards, the final 0 left out."""
   if steps < 1:
     raise ValueError(f"steps={steps} must be at least 1; use for example 4")
-  if shift <= 0:
+  if not 0 < shift < np.inf:
     raise ValueError(f"shift={shift} must be positive; the usual value is 5.0")
   return shift_sigma(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
 

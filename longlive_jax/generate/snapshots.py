@@ -47,23 +47,28 @@ def save(
   return path
 
 
+def chunks(folder: str | Path) -> list[int]:
+  """After how many chunks states were saved in a folder, ascending."""
+  names = Path(folder).glob("chunk_" + "[0-9]" * 5)
+  return sorted(int(path.name.removeprefix("chunk_")) for path in names)
+
+
 def find(folder: str | Path, chunk: int | None = None) -> Path:
   """The snapshot after `chunk` chunks, or the latest.
 
   Raises:
     ValueError: there is none; lists those that exist.
   """
-  names = Path(folder).glob("chunk_" + "[0-9]" * 5)
-  chunks = sorted(int(path.name.removeprefix("chunk_")) for path in names)
-  if not chunks:
+  saved = chunks(folder)
+  if not saved:
     raise ValueError(
       f"resume={folder} holds no saved state; make one with --save_state"
     )
   if chunk is None:
-    chunk = chunks[-1]
-  if chunk not in chunks:
+    chunk = saved[-1]
+  if chunk not in saved:
     raise ValueError(
-      f"rewind_to={chunk} is not among the saved chunks {chunks} of {folder}; use one "
+      f"rewind_to={chunk} is not among the saved chunks {saved} of {folder}; use one "
       "of them, or save more often with --save_every"
     )
   return Path(folder) / f"chunk_{chunk:05d}"
