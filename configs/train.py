@@ -7,8 +7,8 @@ The toy model of the quickstart, on one GPU:
   python launch/train.py --config configs/train.py:toy
   python tools/plot_metrics.py outputs/train_toy/metrics.jsonl --out curves.png
 
-The result is in outputs/train_toy/model: dit, text and tokenizer.json. Runs repeat bit
-for bit on a GPU with XLA_FLAGS=--xla_gpu_deterministic_ops=true. A look at every step
+The result is in outputs/train_toy/model: dit, text and tokenizer.json. For runs on a
+GPU to repeat, set XLA_FLAGS=--xla_gpu_deterministic_ops=true. A look at every step
 of it, on a CPU, takes the argument `test` instead.
 """
 
