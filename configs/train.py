@@ -56,6 +56,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.view.window = 4
   c.view.plain = 0.15
   c.view.no_sink = 0.1
+  c.view.at_cut = 0.4
   c.view.sink = True
   c.view.multi_shot_sink = True
   c.view.clean_recache = 0.5  # probability

@@ -85,7 +85,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       encode,
     )
     log.info("%d clips ready in %.0f s", len(clips), time.perf_counter() - began)
-    batches = latents.sequence_batches(
+    batches = latents.EncodedBatches(
       clips,
       tokenizer,
       config.batch_size,

@@ -18,7 +18,7 @@ from longlive_jax.models.text import Tokenizer, train_toy_tokenizer
 from tools import eval_toy
 
 
-def chunk_frames(scenes, wanted):
+def chunk_frames(scenes, first, wanted):
   """The true frames of the wanted chunks, None for the others."""
   videos = np.stack([toy_world.render(scene) for scene in scenes])
   cuts = 32 * np.arange(1, scenes[0].chunks) - 3
@@ -26,14 +26,15 @@ def chunk_frames(scenes, wanted):
   return [c if i in wanted else None for i, c in enumerate(chunks)]
 
 
-def forgetful(scenes, wanted):
+def forgetful(scenes, first, wanted):
   """Another subject in the second half of the video."""
   red = toy_world.Subject("ring", "red", "large", "solid")
   blue = toy_world.Subject("star", "blue", "large", "solid")
-  first = chunk_frames([dataclasses.replace(s, subject=red) for s in scenes], wanted)
-  other = chunk_frames([dataclasses.replace(s, subject=blue) for s in scenes], wanted)
-  half = len(first) // 2
-  return first[:half] + other[half:]
+  reds = [dataclasses.replace(scene, subject=red) for scene in scenes]
+  blues = [dataclasses.replace(scene, subject=blue) for scene in scenes]
+  half = scenes[0].chunks // 2
+  begins, ends = (chunk_frames(part, first, wanted) for part in (reds, blues))
+  return begins[:half] + ends[half:]
 
 
 def run(test, generate, videos=3, batch=2):
@@ -96,14 +97,16 @@ def test_networks_generate_what_can_be_scored(tmp_path):
   config.steps, config.guidance = 2, 2.0
   sampling = eval_toy.sampling_of(config, sinks=True)
   generate = functools.partial(
-    eval_toy.generate, nets, sampling, scenes, seed=0, size=64
+    eval_toy.generate, nets, sampling, seed=0, size=64
   )
-  frames = list(generate({0, 1}))
+  frames = list(generate(scenes, 0, {0, 1}))
   assert [f.shape for f in frames] == [(2, 29, 64, 64, 3), (2, 32, 64, 64, 3)]
   assert frames[0].dtype == np.uint8
-  alone = list(generate({1}))  # chunk 0 is decoded as its past all the same
+  alone = list(generate(scenes, 0, {1}))  # chunk 0 is decoded as its past all the same
   assert alone[0] is None
   np.testing.assert_array_equal(alone[1], frames[1])
+  later = list(generate(scenes[1:] * 2, 1, {0}))  # noise by number, not by row
+  np.testing.assert_array_equal(later[0][0], frames[0][1])
 
 
 def test_table_has_one_row_a_score():

@@ -243,3 +243,14 @@ def test_bad_views_are_refused():
     context.window_chunks([False] * 3, 1, 2)
   with pytest.raises(ValueError, match="length=3"):
     context.context_view([False] * 3, 1, 4, 3)
+
+
+def test_views_at_a_cut_end_in_the_first_chunk_of_a_later_shot():
+  cuts = [False, False, True, False, False, True, False, False]
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    chunks, counts = context.draw_view(cuts, rng, 4, at_cut=1.0)
+    assert any(count and cuts[c] for c, count in zip(chunks, counts, strict=True))
+  still = [False] * 5  # without a cut any chunk will do
+  lasts = {context.draw_view(still, rng, 4, at_cut=1.0)[0][-1] for _ in range(50)}
+  assert len(lasts) > 1

@@ -118,7 +118,7 @@ def test_captions_name_what_is_shown_and_back_references_do_not():
       else:
         back += 1
         assert i > 0 and any(w in who for w in tw.BACK_REFERENCES)
-  assert 0.2 < back / (back + full) < 0.5
+  assert 0.45 < back / (back + full) < 0.75
   scene = tw.heldout_scene(1, (1, 2, 1, 1))
   assert [shot.chunks for shot in scene.shots] == [1, 2, 1, 1]
   colour = re.compile(rf"\b{scene.subject.colour}\b")

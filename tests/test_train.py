@@ -175,17 +175,25 @@ def test_streamed_batches_match_clips_encoded_once(folder, straight):
   sizes = {"chunks": 5, "frames_per_chunk": 2}
   clips = latents.encode_clips(source, network, batch=2, threads=2, **sizes)
   assert clips.latents.shape == (6, 10, 2, 2, 8) and clips.cuts.sum() == 6
-  once = latents.sequence_batches(
+  once = latents.EncodedBatches(
     clips, tokenizer, 2, views, frames_per_chunk=2, seed=1
   )
   streamed = latents.StreamedBatches(
     source, network, tokenizer, 2, views, seed=1, threads=2, **sizes
   )
+  rows = {}  # by their captions: the order is each pipeline's own
+  for _ in range(3):  # all six clips
+    batch = next(streamed)
+    for i, ids in enumerate(batch["ids"]):
+      rows[ids.tobytes()] = {name: value[i] for name, value in batch.items()}
+  assert len(rows) == 6
   for _ in range(3):
-    first, second = next(once), next(streamed)
-    assert first.keys() == second.keys()
-    for name in first:
-      np.testing.assert_allclose(first[name], second[name], atol=1e-4, err_msg=name)
+    batch = next(once)
+    for i, ids in enumerate(batch["ids"]):
+      row = rows[ids.tobytes()]
+      assert row.keys() == batch.keys()
+      for name, value in row.items():
+        np.testing.assert_allclose(batch[name][i], value, atol=1e-4, err_msg=name)
   position = streamed.get_state()
   after = next(streamed)
   streamed.set_state(json.loads(json.dumps(position)))

@@ -88,9 +88,9 @@ _OUT = flags.DEFINE_string(
   "out", "tools/results/eval_toy.json", "Report.", flag_values=_FLAGS
 )
 
-# One batch of scenes and the numbers of the chunks that are looked at -> for each chunk
-# in turn its frames, uint8 (b, t, h, w, 3), or None.
-Generate = Callable[[Sequence[Scene], set[int]], Iterable[np.ndarray | None]]
+# One batch of scenes, the number of its first one, and the numbers of the chunks that
+# are looked at -> for each chunk in turn its frames, uint8 (b, t, h, w, 3), or None.
+Generate = Callable[[Sequence[Scene], int, set[int]], Iterable[np.ndarray | None]]
 Pool = concurrent.futures.Executor
 
 
@@ -168,6 +168,7 @@ def generate(
   nets: Networks,
   sampling: Sampling,
   scenes: Sequence[Scene],
+  first: int,
   wanted: set[int],
   *,
   seed: int,
@@ -175,6 +176,8 @@ def generate(
   negative_prompt: str = "",
 ) -> Iterator[np.ndarray | None]:
   """Generates the scenes (all with the same number of chunks) as one batch.
+
+  Scene i is sample `first + i`: its noise does not depend on how scenes are batched.
 
   Yields:
     For each chunk its frames, uint8 (b, t, h, w, 3), or None if it is not wanted.
@@ -199,7 +202,7 @@ def generate(
     None,
     sampling,
     key=jax.random.key(seed),
-    samples=np.arange(len(scenes)),
+    samples=first + np.arange(len(scenes)),
     y=latents,
     x=latents,
   )
@@ -242,7 +245,7 @@ def detect_shots(
     # The last batch is filled up, so that it needs no program of its own.
     filled = part + part[:1] * (batch - len(part))
     chunks: list[np.ndarray] = []
-    for number, frames in enumerate(generate_batch(filled, wanted), 1):
+    for number, frames in enumerate(generate_batch(filled, start, wanted), 1):
       if frames is None:
         continue
       chunks.append(frames)

@@ -4,7 +4,7 @@ A clip shows one subject (shape, colour, size, texture) in one or more shots; ev
 shot has a background and a motion law, and a hard cut separates shots. Everything
 can be read back from frames by `detectors.py`, so quality is a number.
 
-Later shots are captioned half the time by a back reference ("the same subject
+Later shots are captioned four times in five by a back reference ("the same subject
 slides from side to side on the sand") that names neither shape nor colour: the
 model can then draw the right subject only from what it remembers of earlier shots.
 
@@ -182,7 +182,7 @@ def training_scene(seed: int, chunks: int = 12) -> Scene:
       held_out = is_held_out(subject.shape, subject.colour, background, motion)
       if not repeats and not held_out:
         break
-    back_reference = bool(shots) and rng.random() < 0.5
+    back_reference = bool(shots) and rng.random() < 0.8
     shots.append(_shot(rng, subject, background, motion, length, back_reference))
     left -= length
   return Scene(subject, tuple(shots))

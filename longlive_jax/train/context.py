@@ -101,6 +101,7 @@ def draw_view(
   *,
   plain: float = 0.0,
   no_sink: float = 0.0,
+  at_cut: float = 0.0,
   **rules: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
   """A random training sequence of `window` chunks: `context_view` of a random chunk.
@@ -112,6 +113,9 @@ def draw_view(
     plain: probability of the first `window` chunks as they are, all of them counted.
     no_sink: probability of a view without any sink, so that generation without sinks
       (for comparison) is no surprise to the network.
+    at_cut: probability that the chunk is the first one of a later shot, if there is
+      any. Only there must the subject be drawn anew from memory: anywhere else it is
+      enough to carry on the chunk before.
     **rules: sink, multi_shot_sink, clean_recache of `window_chunks`.
 
   Returns:
@@ -121,6 +125,9 @@ def draw_view(
     raise ValueError(f"a clip has {len(cuts)} chunks; window={window} needs as many")
   cuts = [bool(cut) for cut in cuts]  # numpy scalars are slow to test
   kind, current = rng.random(), int(rng.integers(len(cuts)))
+  if rng.random() < at_cut:
+    first_chunks = [c for c, cut in enumerate(cuts) if c and cut]
+    current = int(rng.choice(first_chunks)) if first_chunks else current
   if kind < plain:
     return np.arange(window, dtype=np.int32), np.ones(window, np.float32)
   if kind < plain + no_sink:

@@ -7,6 +7,7 @@ against 19 MB of pixels. So a frozen VAE needs to run only once, before training
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class ViewSettings:
 
   Attributes:
     window: chunks of a sequence, and of the cache at generation.
-    plain, no_sink: probabilities of `draw_view`.
+    plain, no_sink, at_cut: probabilities of `draw_view`.
     sink, multi_shot_sink: rules of `window_chunks`.
     clean_recache: probability of that rule: generation may use it or not.
     caption_dropout: probability that a sequence gets the empty prompt throughout,
@@ -62,6 +63,7 @@ class ViewSettings:
   window: int = 4
   plain: float = 0.15
   no_sink: float = 0.1
+  at_cut: float = 0.4
   sink: bool = True
   multi_shot_sink: bool = True
   clean_recache: float = 0.5
@@ -76,6 +78,7 @@ class ViewSettings:
       self.window,
       plain=self.plain,
       no_sink=self.no_sink,
+      at_cut=self.at_cut,
       sink=self.sink,
       multi_shot_sink=self.multi_shot_sink,
       clean_recache=rng.random() < self.clean_recache,
@@ -193,37 +196,68 @@ class Prompts:
     return {"ids": self._ids[rows], "text_mask": self._mask[rows]}
 
 
-def sequence_batches(
-  clips: LatentClips,
-  tokenizer: Tokenizer,
-  batch_size: int,
-  views: ViewSettings,
-  *,
-  frames_per_chunk: int,
-  seed: int,
-) -> grain.DatasetIterator:
-  """Endless shuffled batches of training sequences; its state resumes exactly.
+class EncodedBatches:
+  """Endless random batches of training sequences; the state resumes exactly.
+
+  The latents lie on the device, and the host sends only which chunks of which clips a
+  batch is made of: copying 12 MB of them a step took longer than the step itself.
 
   Each batch, with w = views.window chunks a sequence:
     latents (b, w * frames_per_chunk, y, x, c) float32
     mask (b, w * frames_per_chunk) float32, 1 where the loss counts
     ids, text_mask (b, w, k) int32, the tokens of each chunk's prompt
   """
-  prompts = Prompts(tokenizer, clips.captions())
 
-  def sequence(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    chunks, counts = views.draw(clips.cuts[index], rng)
-    dropped = rng.random() < views.caption_dropout
-    frames = chunks[:, None] * frames_per_chunk + np.arange(frames_per_chunk)
-    return {
-      "latents": clips.latents[index][frames.ravel()],
-      "mask": np.repeat(counts, frames_per_chunk),
-      **prompts.rows([clips.prompts[index][c] for c in chunks], dropped),
-    }
+  def __init__(
+    self,
+    clips: LatentClips,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    views: ViewSettings,
+    *,
+    frames_per_chunk: int,
+    seed: int,
+  ):
+    n = frames_per_chunk
+    prompts = Prompts(tokenizer, clips.captions())
 
-  samples = grain.MapDataset.range(len(clips)).seed(seed).shuffle().repeat()
-  batches = samples.random_map(sequence).batch(batch_size, drop_remainder=True)
-  return iter(batches.to_iter_dataset(grain.ReadOptions(8, 32)))
+    # A whole batch is one element of grain's data set: it spends 0.4 ms on each, which
+    # for one element a sequence was longer than a training step.
+    def draw_batch(step: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+      del step  # `rng` is already its own
+      numbers = rng.integers(len(clips), size=batch_size)
+      rows = [draw_sequence(number, rng) for number in numbers]
+      return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def draw_sequence(number: int, rng: np.random.Generator) -> dict[str, Any]:
+      chunks, counts = views.draw(clips.cuts[number], rng)
+      dropped = rng.random() < views.caption_dropout
+      return {
+        "clip": np.int32(number),
+        "frames": (chunks[:, None] * n + np.arange(n, dtype=np.int32)).ravel(),
+        "mask": np.repeat(counts, n),
+        **prompts.rows([clips.prompts[number][c] for c in chunks], dropped),
+      }
+
+    batches = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(draw_batch)
+    self._batches = iter(batches.to_iter_dataset(grain.ReadOptions(8, 32)))
+    self._latents = jax.device_put(clips.latents)
+
+  def get_state(self) -> dict[str, Any]:
+    return self._batches.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._batches.set_state(state)
+
+  def __next__(self) -> dict[str, Any]:
+    batch = dict(next(self._batches))
+    clip, frames = batch.pop("clip"), batch.pop("frames")
+    return {"latents": _take_frames(self._latents, clip, frames), **batch}
+
+
+@jax.jit
+def _take_frames(latents: jax.Array, clip: jax.Array, frames: jax.Array) -> jax.Array:
+  return latents[clip[:, None], frames]
 
 
 class StreamedBatches:
