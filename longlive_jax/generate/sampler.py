@@ -10,6 +10,7 @@ and one for the negative prompt, with a cache of their own: row 2 i and row 2 i 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from longlive_jax.generate import schedule
-from longlive_jax.layers import attention, kv_cache, rope
+from longlive_jax.layers import attention, kv_cache, kv_slots, rope
 from longlive_jax.models import dit
 
 Array = jax.Array
@@ -43,7 +44,9 @@ class Sampling:
     guidance: classifier-free guidance scale; 1 turns the negative pass off.
     steps, shift, solver: see generate/schedule.py.
     independent_first_frame: the first chunk is a single frame.
-    reference: the reference's eviction of pinned frames, for parity only.
+    kv_format, kv_smoothing, kv_rule: what the cache stores, see layers/kv_slots.py.
+    reference: the reference's eviction of pinned frames and one tensor scale a chunk
+      in an NVFP4 cache, for parity only.
   """
 
   frames_per_chunk: int = 8
@@ -59,6 +62,9 @@ class Sampling:
   shift: float = 5.0
   solver: str = "unipc"
   independent_first_frame: bool = False
+  kv_format: str = ""
+  kv_smoothing: str = "token_mean"
+  kv_rule: str = "mse"
   reference: bool = False
 
   def __post_init__(self):
@@ -86,6 +92,7 @@ class Sampling:
     if not np.isfinite(self.guidance):
       raise ValueError(f"guidance={self.guidance} must be a number; 1 turns it off")
     schedule.solver_table(self.solver, self.steps, self.shift)  # checks all three
+    kv_slots.KVFormat(self.kv_format, self.kv_smoothing, self.kv_rule)  # and these
 
   @property
   def global_sink_frames(self) -> int:
@@ -100,6 +107,12 @@ class Sampling:
   def branches(self) -> int:
     """Rows of the network's batch for each sample."""
     return 1 if self.guidance == 1.0 else 2
+
+  @property
+  def cache_format(self) -> kv_slots.KVFormat:
+    return kv_slots.KVFormat(
+      self.kv_format, self.kv_smoothing, self.kv_rule, chunk_amax=self.reference
+    )
 
   @property
   def cache_rules(self) -> kv_cache.CacheRules:
@@ -152,6 +165,7 @@ def init_cache(
     heads=config.heads,
     head_dim=config.head_dim,
     dtype=model.dtype,
+    format=sampling.cache_format,
   )
 
 
@@ -166,7 +180,7 @@ def cached_forward(
   *,
   t_scale: float = 1.0,
   keep: bool = False,
-) -> tuple[Array, tuple[Array, Array] | None]:
+) -> tuple[Array, tuple[Any, Any] | None]:
   """One forward of a chunk against the cache, which is only read.
 
   Args:
@@ -178,7 +192,8 @@ def cached_forward(
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
 
   Returns:
-    velocity (b, f, y, x, c) and (k, v) each (l, b, f, p, n, d), or None.
+    velocity (b, f, y, x, c), and None or (k, v), each (l, b, f, p, n, d) in the type
+    of the cache's slots.
   """
   rules, config = cache.rules, model.config
   b, f, y, x, _ = latents.shape
@@ -209,7 +224,12 @@ def cached_forward(
       if rules.relative_rope:
         keys = rope.rotate(keys, k_rotation)
       out = attention.attention(q, keys, values, lengths=lengths)
-      return out, (k, v) if keep else None
+      if not keep:
+        return out, None
+      # Encoded here, layer by layer: all layers' plain keys would not fit beside the
+      # cache that NVFP4 makes small.
+      slots_k, slots_v = layer
+      return out, (kv_slots.encode(slots_k, k), kv_slots.encode(slots_v, v))
 
     return model(latents, time, text, attend, (cache.k, cache.v))
 

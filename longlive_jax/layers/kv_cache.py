@@ -7,6 +7,8 @@ nothing protects; attention does not care about the order of keys. Per call:
   ... forward: `attended` per layer     reads, puts the chunk's own K and V in place
   cache = commit(cache, placement, k, v)   only the clean pass writes
 
+What a slot stores, plain numbers or fewer bits, is `kv_slots`'s business.
+
 so the denoising passes of a chunk never touch the cache, and it can be donated.
 """
 
@@ -15,6 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from longlive_jax.layers import kv_slots
 
 Array = jax.Array
 
@@ -45,7 +49,8 @@ class KVCache:
   """Keys and values of the frames that are remembered.
 
   Attributes:
-    k, v: (l, b, slots, p, n, d); keys rotated unless the rules say relative_rope.
+    k, v: (l, b, slots, p, n, d), an array or NVFP4Slots; keys rotated unless the
+      rules say relative_rope.
     frame: int32 (b, slots), absolute latent frame or -1 for an empty slot. Filled
       slots are always a prefix.
     pinned: bool (b, slots), the shot sink.
@@ -96,8 +101,9 @@ def init_cache(
   heads: int,
   head_dim: int,
   dtype: jnp.dtype,
+  format: kv_slots.KVFormat = kv_slots.PLAIN,
 ) -> KVCache:
-  """An empty cache. Raises ValueError if the rules do not fit the capacity."""
+  """An empty cache. Raises ValueError if rules or format do not fit the sizes."""
   if not 0 < rules.window_frames <= capacity_frames:
     raise ValueError(
       f"window_frames={rules.window_frames} must be between 1 and "
@@ -105,8 +111,8 @@ def init_cache(
     )
   shape = (layers, batch, capacity_frames, tokens_per_frame, heads, head_dim)
   return KVCache(
-    k=jnp.zeros(shape, dtype),
-    v=jnp.zeros(shape, dtype),
+    k=kv_slots.zeros(format, shape, dtype, keys=True),
+    v=kv_slots.zeros(format, shape, dtype, keys=False),
     frame=jnp.full((batch, capacity_frames), -1, jnp.int32),
     pinned=jnp.zeros((batch, capacity_frames), bool),
     has_pin=jnp.zeros((batch,), bool),
@@ -217,41 +223,51 @@ def _reference_keep(frame, rank, head, pin_rank, pin_count, window):
 
 
 def attended(
-  placement: Placement, layer: tuple[Array, Array], k: Array, v: Array
+  placement: Placement, layer: tuple[Any, Any], k: Array, v: Array
 ) -> tuple[Array, Array]:
   """One layer's keys and values to attend, the chunk's own put in their slots.
 
   Args:
     placement: of this chunk.
-    layer: (k, v), each (b, slots, p, n, d).
-    k, v: the chunk's, (b, f, p, n, d), as the cache would store them.
+    layer: slots of k and v, each (b, slots, p, n, d).
+    k, v: the chunk's, (b, f, p, n, d), rotated as the cache stores them.
 
   Returns:
-    keys and values (b, slots or window, p, n, d). Only the first placement.length
-    frames count.
+    keys and values (b, slots or window, p, n, d) in the dtype of k and v. Only the
+    first placement.length frames count.
   """
-  pick = jnp.maximum(placement.source, 0)[:, :, None, None, None]
-  own = (placement.source >= 0)[:, :, None, None, None]
+  order, source = placement.order, placement.source
+  if order is not None:  # the order first: fewer slots to read
+    rows = jnp.arange(order.shape[0])[:, None]
+    layer = jax.tree.map(lambda leaf: leaf[rows, order], layer)
+    source = jnp.take_along_axis(source, order, axis=1)
+  pick = jnp.maximum(source, 0)[:, :, None, None, None]
+  is_own = (source >= 0)[:, :, None, None, None]
 
-  def merge(stored, new):
+  def merge(slots, new):
     # A select in the same pass as the copy of the layer: per-sample slots without a
     # scatter.
-    out = jnp.where(own, jnp.take_along_axis(new, pick, axis=1), stored)
-    if placement.order is not None:
-      order = placement.order[:, :, None, None, None]
-      out = jnp.take_along_axis(out, order, axis=1)
-    return out
+    mine = jnp.take_along_axis(kv_slots.own(slots, new), pick, axis=1)
+    return jnp.where(is_own, mine, kv_slots.read(slots, new.dtype))
 
   return merge(layer[0], k), merge(layer[1], v)
 
 
-def commit(cache: KVCache, placement: Placement, k: Array, v: Array) -> KVCache:
-  """Writes a chunk's keys and values (l, b, f, p, n, d) into their slots."""
+def commit(cache: KVCache, placement: Placement, k: Any, v: Any) -> KVCache:
+  """Writes a chunk's frames into their slots.
+
+  Args:
+    k, v: (l, b, f, p, n, d), as `kv_slots.encode` made them of each layer.
+  """
   rows = jnp.arange(cache.frame.shape[0])[:, None]
+
+  def write(slots, new):
+    return slots.at[:, rows, placement.slot].set(new)
+
   return dataclasses.replace(
     cache,
-    k=cache.k.at[:, rows, placement.slot].set(k.astype(cache.k.dtype)),
-    v=cache.v.at[:, rows, placement.slot].set(v.astype(cache.v.dtype)),
+    k=jax.tree.map(write, cache.k, k),
+    v=jax.tree.map(write, cache.v, v),
     frame=placement.frame,
     pinned=placement.pinned,
     has_pin=placement.has_pin,

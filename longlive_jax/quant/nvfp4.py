@@ -145,8 +145,8 @@ def quantise(
   chosen = rule_of(rule)
   if x.ndim <= batch_axes or x.shape[-1] % BLOCK:
     raise ValueError(
-      f"shape={x.shape} cannot be quantised with batch_axes={batch_axes}: the last axis "
-      f"must be a multiple of {BLOCK} and no batch axis; pad it with zeros"
+      f"shape={x.shape} cannot be quantised with batch_axes={batch_axes}: the last "
+      f"axis must be a multiple of {BLOCK} and no batch axis; pad it with zeros"
     )
   x = x.astype(jnp.float32)
   good = jnp.abs(x) <= LARGEST  # False for NaN

@@ -31,6 +31,7 @@ RUNNERS = (
   ("dit_train/*", transformer.train, True),
   ("dit_inference/*", generation.calls, True),
   ("pipeline/*", generation.pipeline, True),
+  ("nvfp4/kv_quant_pipeline*", generation.quantised_pipeline, False),
   ("lora/merge*", adapters.merge, False),
   ("lora/key_map*", adapters.key_map, False),
 )

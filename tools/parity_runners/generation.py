@@ -1,11 +1,14 @@
-"""dit_inference/* and pipeline/*: the transformer with its cache, and the sampler."""
+"""dit_inference/*, pipeline/* and nvfp4/kv_quant_pipeline*: cache and sampler."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.generate import sampler, schedule, storyboard
-from longlive_jax.layers import kv_cache, rope
+from longlive_jax.layers import kv_cache, kv_slots, rope
 from longlive_jax.models import dit
 from parity_runners.common import Case, Result, channels_last, frame_offsets
 
@@ -25,22 +28,6 @@ def calls(case: Case) -> Result:
   last: dict[str, tuple[list[int], np.ndarray]] = {}  # indices and frames of the last
   values = {}
 
-  @jax.jit
-  def call(model, cache, frames, latents, time, text, temporal):
-    placement = kv_cache.place(cache, frames)
-    flow, (k, v) = sampler.cached_forward(
-      model,
-      cache,
-      placement,
-      latents,
-      time,
-      model.embed_text(text[:, None]),
-      temporal,
-      t_scale=t_scale,
-      keep=True,
-    )
-    return flow, kv_cache.commit(cache, placement, k, v)
-
   for record in records:
     i, which = record["call"], record["cache"]
     x, t = (case.inputs[f"call{i:03d}.{name}"] for name in "xt")
@@ -56,7 +43,7 @@ def calls(case: Case) -> Result:
     offset = frame_offsets(record.get("rope_temporal_offset") or 0.0, b, start, f)
     positions = dit.temporal_positions(frames, offset, t_scale)
     t = np.broadcast_to(t, (b, f))
-    flow, caches[which] = call(
+    flow, caches[which] = _call(
       model,
       cache,
       frames,
@@ -64,6 +51,7 @@ def calls(case: Case) -> Result:
       dit.time_features(t, config.freq_dim),
       case.inputs[record["context"]],
       rope.temporal_rotation(np.broadcast_to(positions, (b, f)), config.head_dim),
+      t_scale,
     )
     last[which] = (record["indices_after"], frames)
     flow = np.moveaxis(np.asarray(flow), -1, 2)
@@ -80,6 +68,24 @@ def calls(case: Case) -> Result:
       values[f"final.{name}"] = ours
       expected[f"final.{name}"] = case.outputs[f"final.{name}"][:, :filled]
   return Result(values, expected, informative=frozenset(informative))
+
+
+@functools.partial(jax.jit, static_argnames="t_scale")
+def _call(model, cache, frames, latents, time, text, temporal, t_scale):
+  """A forward that writes the cache, as every call of the reference does."""
+  placement = kv_cache.place(cache, frames)
+  flow, (k, v) = sampler.cached_forward(
+    model,
+    cache,
+    placement,
+    latents,
+    time,
+    model.embed_text(text[:, None]),
+    temporal,
+    t_scale=t_scale,
+    keep=True,
+  )
+  return flow, kv_cache.commit(cache, placement, k, v)
 
 
 def _empty_cache(
@@ -128,7 +134,8 @@ def _by_frame(cache: kv_cache.KVCache) -> tuple[np.ndarray, np.ndarray]:
   order = order[:, :count, None, None, None]
 
   def pick(slots):
-    slots = np.take_along_axis(np.asarray(slots[0], np.float32), order, axis=1)
+    slots = np.asarray(kv_slots.read(slots, jnp.float32)[0])
+    slots = np.take_along_axis(slots, order, axis=1)
     return slots.reshape(slots.shape[0], -1, *slots.shape[3:])
 
   return pick(cache.k), pick(cache.v)
@@ -137,8 +144,49 @@ def _by_frame(cache: kv_cache.KVCache) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------- whole videos
 def pipeline(case: Case) -> Result:
   """Chunks sampled one after the other from given noise."""
-  model = case.transformer()
-  sampling = _sampling(case)
+  latents, _ = _sample(case, case.transformer(), _sampling(case))
+  return Result({"latents": latents})
+
+
+def quantised_pipeline(case: Case) -> Result:
+  """The same with an NVFP4 cache, and every forward on its own from given latents."""
+  model, prefix = case.transformer(), case.setting("cut_prefix")
+  sampling = dataclasses.replace(
+    _sampling(case), kv_format="nvfp4", kv_smoothing="channel_mean"
+  )
+  latents, cache = _sample(case, model, sampling)
+  values = {"latents": latents, "final.k_dequant": _by_frame(cache)[0]}
+
+  table, cache = case.record["prompt_table"], None
+  for record in case.record["calls"]:
+    name = f"call{record['call']:03d}"
+    x = channels_last(case.inputs[f"{name}.x"], 2)
+    b, f, y, columns, _ = x.shape
+    start = record["start"] // model.config.tokens_per_frame(y, columns)
+    frames = np.broadcast_to(start + np.arange(f, dtype=np.int32), (b, f))
+    positions = dit.temporal_positions(frames, record["offset"], sampling.t_scale)
+    text = case.inputs[table[record["prompt"]]]
+    cache = sampler.init_cache(model, sampling, b, y, columns) if not cache else cache
+    flow, cache = _call(
+      model,
+      cache,
+      frames,
+      x,
+      dit.time_features(np.full((b, f), record["t"]), model.config.freq_dim),
+      np.broadcast_to(text, (b, *text.shape)),
+      rope.temporal_rotation(positions, model.config.head_dim),
+      sampling.t_scale,
+    )
+    if record["t"] == 0 and sampling.pins and record["prompt"].startswith(prefix):
+      cache = kv_cache.pin(cache, frames, np.ones(b, bool))
+    values[f"{name}.flow"] = np.moveaxis(np.asarray(flow), -1, 2)
+  return Result(values)
+
+
+def _sample(
+  case: Case, model: dit.CausalDiT, sampling: sampler.Sampling
+) -> tuple[np.ndarray, kv_cache.KVCache]:
+  """The case's video, (b, f, c, y, x), and the cache at its end."""
   noise = channels_last(case.inputs["noise"], 2)
   initial = case.inputs.get("initial_latent")
   if initial is not None:
@@ -193,12 +241,13 @@ def pipeline(case: Case) -> Result:
     latents, cache = denoise(model, cache, start, sampling)
     pieces.append(np.asarray(latents))
     frame, done = frame + length, done + length
-  return Result({"latents": np.moveaxis(np.concatenate(pieces, axis=1), -1, 2)})
+  return np.moveaxis(np.concatenate(pieces, axis=1), -1, 2), cache
 
 
 def _sampling(case: Case) -> sampler.Sampling:
   window = case.setting("window_frames")
   multi_shot = case.setting("multi_shot_sink", False)
+  solver = case.setting("solver", "unipc")
   return sampler.Sampling(
     frames_per_chunk=case.frames_per_chunk,
     window_frames=case.setting("capacity_frames") if window is None else window,
@@ -212,7 +261,7 @@ def _sampling(case: Case) -> sampler.Sampling:
     guidance=case.setting("guidance", 1.0),
     steps=case.setting("steps", 50),
     shift=case.setting("shift", 5.0),
-    solver={"dpmpp": "dpm++"}.get(case.setting("solver"), case.setting("solver")),
+    solver={"dpmpp": "dpm++"}.get(solver, solver),
     independent_first_frame=case.setting("independent_first_frame", False),
     reference=case.reference,
   )
@@ -220,7 +269,7 @@ def _sampling(case: Case) -> sampler.Sampling:
 
 def _story(case: Case, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Text (chunks, b, k, text_dim), cuts and shot numbers (chunks, b)."""
-  prompts = case.record["prompts_per_block"]
+  prompts = case.record.get("prompts_per_block") or case.record["prompts"]
   table = case.record["prompt_table"]
   board = storyboard.from_prompt_lists(prompts, prefix=case.setting("cut_prefix"))
   arrays = board.arrays()

@@ -1,0 +1,167 @@
+"""What the slots of a KV cache are made of: plain numbers or NVFP4.
+
+A slot holds one latent frame of one layer: (p, n, d), tokens, heads, head dim. Plain
+slots are an array (..., slots, p, n, d); `NVFP4Slots` stand in the same place. Every
+leaf of either begins with the same axes, layers, batch and slots, so the cache updates,
+selects and shards them with one `jax.tree.map`.
+
+  slots = zeros(format, shape, dtype)   empty
+  encode(slots, x)      new frames as the slots would store them (clean pass)
+  read(slots, dtype)    numbers again
+  own(slots, x)         new frames as they themselves are attended while new
+
+Keys have a large common offset, which spends the few levels of a 4-bit block on what
+all tokens share. `token_mean` subtracts from a slot's keys their mean over tokens, one
+vector a head, keeps it in 16 bits and adds it back on reading: the numbers are those
+of the keys, with a smaller error. `channel_mean` is what the reference does (SPEC 9):
+the new chunk's keys are attended less their mean over channels, which changes the
+attention, and are stored as they are.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.quant import nvfp4
+
+Array = jax.Array
+
+NAMES = ("", "nvfp4")
+SMOOTHINGS = ("token_mean", "channel_mean", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class KVFormat:
+  """How slots store numbers. Static.
+
+  Attributes:
+    name: '' for plain numbers in the network's dtype, or 'nvfp4'.
+    smoothing: of keys in NVFP4: 'token_mean', 'channel_mean' or 'none'.
+    rule: of `nvfp4.RULES`.
+    chunk_amax: one tensor scale for all frames of a chunk, as in the reference,
+      instead of one for each frame. The stored shapes are the same.
+  """
+
+  name: str = ""
+  smoothing: str = "token_mean"
+  rule: str = "mse"
+  chunk_amax: bool = False
+
+  def __post_init__(self):
+    if self.name not in NAMES:
+      raise ValueError(
+        f"kv_format={self.name!r} is unknown; use '' (plain) or 'nvfp4'"
+      )
+    if self.smoothing not in SMOOTHINGS:
+      raise ValueError(
+        f"kv_smoothing={self.smoothing!r} is unknown; use {', '.join(SMOOTHINGS)}"
+      )
+    nvfp4.rule_of(self.rule)
+
+
+PLAIN = KVFormat()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NVFP4Slots:
+  """Slots in 4 bits and a half a number.
+
+  Attributes:
+    array: codes (..., slots, p, n, d / 2), scales, and an amax for every slot.
+    mean: bfloat16 (..., slots, n, d), added on reading; None without it.
+    smooth_own: subtract the channel mean from new keys while they are attended.
+    format: static.
+  """
+
+  array: nvfp4.NVFP4Array
+  mean: Array | None
+  smooth_own: bool = dataclasses.field(metadata={"static": True})
+  format: KVFormat = dataclasses.field(metadata={"static": True})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+
+def zeros(
+  format: KVFormat, shape: tuple[int, ...], dtype: jnp.dtype, *, keys: bool
+) -> Array | NVFP4Slots:
+  """Empty slots of shape (l, b, slots, p, n, d); smoothing is for keys only.
+
+  Raises:
+    ValueError: NVFP4 with a head dim that is no multiple of 16.
+  """
+  if not format.name:
+    return jnp.zeros(shape, dtype)
+  if shape[-1] % nvfp4.BLOCK:
+    raise ValueError(
+      f"head_dim={shape[-1]} must be a multiple of {nvfp4.BLOCK} for "
+      f"kv_format={format.name!r}; use kv_format=''"
+    )
+  *lead, d = shape
+  mean = None
+  if keys and format.smoothing == "token_mean":
+    mean = jnp.zeros((*lead[:3], lead[4], d), jnp.bfloat16)
+  array = nvfp4.NVFP4Array(
+    codes=jnp.zeros((*lead, d // 2), jnp.uint8),
+    scales=jnp.zeros((*lead, d // nvfp4.BLOCK), jnp.float8_e4m3fn),
+    amax=jnp.zeros(lead[:3], jnp.float32),
+    span=nvfp4.rule_of(format.rule).span,
+  )
+  smooth_own = keys and format.smoothing == "channel_mean"
+  return NVFP4Slots(array, mean, smooth_own, format)
+
+
+@functools.singledispatch
+def encode(slots: Array | NVFP4Slots, x: Array) -> Array | NVFP4Slots:
+  """New frames x (b, f, p, n, d) in the type of `slots`."""
+  return x.astype(slots.dtype)
+
+
+@encode.register
+def _(slots: NVFP4Slots, x: Array) -> NVFP4Slots:
+  mean = None
+  if slots.mean is not None:
+    mean = jnp.mean(x.astype(jnp.float32), axis=2).astype(jnp.bfloat16)  # (b, f, n, d)
+    x = x.astype(jnp.float32) - mean[:, :, None].astype(jnp.float32)
+  amax = None
+  if slots.format.chunk_amax:
+    amax = jnp.broadcast_to(nvfp4.largest(x, 1)[:, None], x.shape[:2])
+  array = nvfp4.quantise(
+    x,
+    rule=slots.format.rule,
+    batch_axes=2,
+    amax=amax,
+    reference=slots.format.chunk_amax,
+  )
+  return dataclasses.replace(slots, array=array, mean=mean)
+
+
+@functools.singledispatch
+def read(slots: Array | NVFP4Slots, dtype: jnp.dtype) -> Array:
+  """The numbers (..., slots, p, n, d)."""
+  return slots.astype(dtype)
+
+
+@read.register
+def _(slots: NVFP4Slots, dtype: jnp.dtype) -> Array:
+  if slots.mean is None:
+    return nvfp4.dequantise(slots.array, dtype)
+  mean = slots.mean[..., None, :, :].astype(jnp.float32)
+  return (nvfp4.dequantise(slots.array) + mean).astype(dtype)
+
+
+@functools.singledispatch
+def own(slots: Array | NVFP4Slots, x: Array) -> Array:
+  """New frames x (b, f, p, n, d) as they are attended before they are stored."""
+  return x
+
+
+@own.register
+def _(slots: NVFP4Slots, x: Array) -> Array:
+  if not slots.smooth_own:
+    return x
+  return x - jnp.mean(x, axis=-1, keepdims=True)
