@@ -120,7 +120,14 @@ def test_the_scan_equals_chunk_by_chunk(model):
 
 @pytest.mark.parametrize(
   "change",
-  [{}, {"guidance": 3.0}, {"relative_rope": True}, {"clean_recache": True}],
+  [
+    {},
+    {"guidance": 3.0},
+    {"relative_rope": True},
+    {"clean_recache": True},
+    {"kv_format": "nvfp4", "guidance": 3.0, "relative_rope": True},
+    {"kv_format": "nvfp4", "kv_smoothing": "channel_mean", "clean_recache": True},
+  ],
   ids=str,
 )
 def test_videos_of_a_batch_do_not_see_each_others_cuts(model, change):
@@ -325,6 +332,9 @@ def test_noise_depends_on_key_sample_and_frame_alone():
     ({"solver": "heun"}, "solver='heun' is unknown; choose from unipc"),
     ({"steps": 0}, "steps=0 must be at least 1"),
     ({"shift": 0.0}, "shift=0.0 must be positive"),
+    ({"kv_format": "fp2"}, "kv_format='fp2' is unknown; use '' .* 'nvfp4'"),
+    ({"kv_smoothing": "mean"}, "kv_smoothing='mean' is unknown; use token_mean"),
+    ({"kv_rule": "static_5"}, "rule='static_5' is unknown; use static_6"),
   ],
 )
 def test_settings_that_do_not_fit(change, message):

@@ -20,6 +20,7 @@ B, N, Y, X = 2, 2, 2, 2
 SAMPLING = Sampling(
   frames_per_chunk=N, window_frames=3 * N, sink_frames=N, steps=2, solver="euler"
 )
+NVFP4_CACHE = {"kv_format": "nvfp4", "guidance": 3.0, "relative_rope": True}
 ENDLESS = dataclasses.replace(SAMPLING, relative_rope=True)
 SCALE, FACTOR = TINY_VAE.spatial_factor, TINY_VAE.temporal_factor
 
@@ -176,10 +177,12 @@ def test_without_a_vae_only_latents_come_out(model):
 
 
 # ------------------------------------------------------------------ going back
+@pytest.mark.parametrize("change", [{}, NVFP4_CACHE], ids=str)
 def test_straight_resumed_and_branched_runs_agree_byte_for_byte(
-  model, video_vae, tmp_path
+  model, video_vae, tmp_path, change
 ):
   plan, k = story(6), 3
+  sampling = dataclasses.replace(SAMPLING, **change)
   saved = []
 
   def keep(chunk, state):
@@ -187,30 +190,30 @@ def test_straight_resumed_and_branched_runs_agree_byte_for_byte(
       snapshots.save(tmp_path, chunk, state, {"note": "after three"})
       saved.append(copy_state(state))
 
-  first = state_for(model, video_vae)
-  straight = run(model, video_vae, first, plan, SAMPLING, on_state=keep)
+  first = state_for(model, video_vae, sampling)
+  straight = run(model, video_vae, first, plan, sampling, on_state=keep)
   assert [index for index, *_ in straight] == list(range(6))
 
   path = snapshots.find(tmp_path, k)
   assert store.load_metadata(path) == {"note": "after three"}
-  like = jax.eval_shape(lambda: state_for(model, video_vae))
+  like = jax.eval_shape(lambda: state_for(model, video_vae, sampling))
   loaded = store.load(path, like)
   for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved[0]), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert_same(run(model, video_vae, loaded, plan, SAMPLING), straight[k:])
+  assert_same(run(model, video_vae, loaded, plan, sampling), straight[k:])
   # A stop, for whatever reason, is the same as a shorter story.
   short = dataclasses.replace(
     plan, prompt_index=plan.prompt_index[:k], cut=plan.cut[:k], shot=plan.shot[:k]
   )
-  again = run(model, video_vae, state_for(model, video_vae), short, SAMPLING)
+  again = run(model, video_vae, state_for(model, video_vae, sampling), short, sampling)
   assert_same(again, straight[:k])
 
   branch = copy_state(saved[0])
-  assert_same(run(model, video_vae, saved[0], plan, SAMPLING), straight[k:])
+  assert_same(run(model, video_vae, saved[0], plan, sampling), straight[k:])
   index = plan.prompt_index.copy()
   index[k + 1 :] = 3 - index[k + 1 :]
   other = dataclasses.replace(plan, prompt_index=index)
-  branched = run(model, video_vae, branch, other, SAMPLING)
+  branched = run(model, video_vae, branch, other, sampling)
   assert_same(branched[:1], straight[k : k + 1])
   assert not np.array_equal(branched[1][1], straight[k + 1][1])
 
