@@ -356,3 +356,16 @@ def test_time_features():
   np.testing.assert_array_equal(found[0], [1.0] * 16 + [0.0] * 16)
   np.testing.assert_allclose(found[1, :16], np.cos(999 * w), atol=1e-7)
   np.testing.assert_allclose(found[1, 16:], np.sin(999 * w), atol=1e-7)
+
+
+def test_runs_of_layers_are_the_same_network(model):
+  split = dit.split_blocks(model, [1])
+  assert [len(run.modulation[...]) for run in dit.block_runs(split)] == [1, 1]
+  assert len(dit.block_runs(model)) == 1  # the model itself is as it was
+  t = np.random.default_rng(3).uniform(0, 1000, (B, F))
+  inputs = latents(), t, prompts(CHUNKS), [N] * CHUNKS
+  found, want = by_chunks(split, *inputs), by_chunks(model, *inputs)
+  np.testing.assert_allclose(found, want, atol=1e-6)
+  for starts in ([0], [2], [1, 1]):
+    with pytest.raises(ValueError, match=r"starts=\(.*must ascend between 1 and 1"):
+      dit.split_blocks(model, starts)

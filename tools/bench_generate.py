@@ -31,6 +31,7 @@ _STEPS = flags.DEFINE_integer("steps", 4, "Solver steps.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Precision.")
 _DECODE_FRAMES = flags.DEFINE_integer("decode_frames", 1, "Latent frames a decode.")
 _LATENTS_ONLY = flags.DEFINE_bool("latents_only", False, "Leave the decoder out.")
+_KV_FORMAT = flags.DEFINE_enum("kv_format", "", ["", "nvfp4"], "Of the cache.")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the figures.")
 
 
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
   y, x = _HEIGHT.value // 16, _WIDTH.value // 16
   dtype = jnp.dtype(_DTYPE.value)
   model, video_vae = random_networks(_SIZE.value, _VAE.value, dtype)
-  sampling = Sampling(steps=_STEPS.value)
+  sampling = Sampling(steps=_STEPS.value, kv_format=_KV_FORMAT.value)
   plot = story(model.config, _CHUNKS.value)
   frames = 4 * sampling.frames_per_chunk
   figures: dict[str, object] = {
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> None:
     "chunks": _CHUNKS.value,
     "steps": _STEPS.value,
     "dtype": _DTYPE.value,
+    "kv_format": _KV_FORMAT.value,
     "parameters_dit": sum(p.size for p in jax.tree.leaves(model)),
     "parameters_vae": sum(p.size for p in jax.tree.leaves(video_vae)),
   }

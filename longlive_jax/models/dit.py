@@ -6,7 +6,8 @@ with nothing (bidirectional). Blocks are stacked on a leading layer axis and sca
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -229,7 +230,12 @@ class Head(nnx.Module):
 
 
 class CausalDiT(nnx.Module):
-  """The transformer. Parameters are float; compute is in their dtype."""
+  """The transformer. Compute is in the dtype of its biases.
+
+  Attributes:
+    blocks: one Block whose every array has a leading layer axis, or, where layers
+      differ in number format, a list of such runs of consecutive layers.
+  """
 
   def __init__(
     self, config: WanConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs
@@ -295,12 +301,21 @@ class CausalDiT(nnx.Module):
     e, table = self.embed_time(time)
 
     def step(x, inputs):
-      block, layer = inputs
+      block, index = inputs
+      # Not scanned over: a run would have to copy its part of the cache first.
+      layer = jax.tree.map(lambda a: a[index], layers)
       return block(x, table, text, attend, layer)
 
     if remat:
       step = jax.checkpoint(step)
-    x, handed_out = lax.scan(step, x, (self.blocks, layers))
+    pieces, first = [], 0
+    for run in block_runs(self):
+      count = len(run.modulation[...])
+      x, piece = lax.scan(step, x, (run, first + jnp.arange(count)))
+      pieces, first = [*pieces, piece], first + count
+    handed_out = pieces[0]
+    if len(pieces) > 1:
+      handed_out = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
     velocity = unpatchify(self.head(x, e), patch, y, x_size)
     return velocity.astype(jnp.float32), handed_out
 
@@ -308,6 +323,35 @@ class CausalDiT(nnx.Module):
     """Rotation of all tokens, from temporal rotations (b, f, pairs)."""
     patch = self.config.patch
     return rope.grid_rotation(temporal, y // patch, x // patch, self.config.head_dim)
+
+
+def block_runs(model: CausalDiT) -> list[Block]:
+  """The runs of consecutive layers, each a Block with a leading layer axis."""
+  return list(model.blocks) if isinstance(model.blocks, nnx.List) else [model.blocks]
+
+
+def split_blocks(model: CausalDiT, starts: Sequence[int]) -> CausalDiT:
+  """The same model with its layers in several runs, so that formats can differ.
+
+  Args:
+    model: with one run.
+    starts: first layer of every run but the first, ascending.
+
+  Raises:
+    ValueError: starts that are not ascending layers of the model.
+  """
+  edges = [0, *starts, model.config.layers]
+  if any(a >= b for a, b in itertools.pairwise(edges)):
+    raise ValueError(
+      f"starts={tuple(starts)} must ascend between 1 and {model.config.layers - 1}"
+    )
+  leaves, structure = jax.tree.flatten(model)
+  split = jax.tree.unflatten(structure, leaves)  # a copy: modules are not changed
+  split.blocks = nnx.List(
+    jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], model.blocks)
+    for a, b in itertools.pairwise(edges)
+  )
+  return split
 
 
 def attend_all(
