@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,31 @@ def test_the_shot_opens_a_temporal_gap(model):
   plain = sampler.chunk_temporal(CONFIG, without, np.array([[6, 7]]), np.array([0]))
   for a, b in zip(scaled, plain, strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+# ------------------------------------------------------------------ precision by step
+def test_every_pass_of_a_chunk_may_have_its_own_weights(model):
+  other = jax.tree.map(lambda a: 1.01 * a, model)
+  sampling = dataclasses.replace(BASE, steps=3)
+  inputs = chunk(sampling, 0, [0, 1])
+
+  def go(choice):
+    models = sampler.StepModels((model, other), choice)
+    latents, cache = run(models, sampling, [inputs])
+    return latents[0], np.asarray(cache.k)
+
+  want, remembered = run(model, sampling, [inputs])
+  same = go((0, 0, 0, 0))
+  np.testing.assert_array_equal(same[0], want[0])
+  np.testing.assert_array_equal(same[1], remembered.k)
+  latents, keys = go((0, 0, 0, 1))  # the clean pass alone
+  np.testing.assert_allclose(latents, want[0], atol=1e-6)
+  assert np.abs(keys - remembered.k).max() > 1e-3
+  found = [go(choice)[0] for choice in ((0, 1, 1, 0), (0, 1, 0, 0), (1, 1, 1, 0))]
+  for a, b in itertools.combinations([want[0], *found], 2):
+    assert np.abs(a - b).max() > 1e-4
+  with pytest.raises(ValueError, match=r"choice=\(0, 1\) must have 3 solver steps"):
+    go((0, 1))
 
 
 # ------------------------------------------------------------------ guidance

@@ -10,6 +10,8 @@ and one for the negative prompt, with a cache of their own: row 2 i and row 2 i 
 """
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -151,8 +153,55 @@ class ChunkInputs:
   given: Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepModels:
+  """The transformer with other weights in some passes of a chunk: precision by step.
+
+  It stands where a CausalDiT stands in the functions below.
+
+  Attributes:
+    models: transformers that differ in the number format of their weights only.
+    choice: static, which of them each solver step uses and, last, the clean pass.
+  """
+
+  models: tuple[dit.CausalDiT, ...]
+  choice: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+  @property
+  def config(self) -> dit.WanConfig:
+    return self.models[0].config
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return self.models[0].dtype
+
+
+Model = dit.CausalDiT | StepModels
+
+
+def _runs(model: Model, steps: int) -> list[tuple[dit.CausalDiT, int, int]]:
+  """Model, first step and end of every run of solver steps with the same model."""
+  if not isinstance(model, StepModels):
+    return [(model, 0, steps)]
+  if len(model.choice) != steps + 1:
+    raise ValueError(
+      f"choice={model.choice} must have {steps} solver steps and the clean pass"
+    )
+  runs, first = [], 0
+  for which, group in itertools.groupby(model.choice[:steps]):
+    end = first + len(list(group))
+    runs.append((model.models[which], first, end))
+    first = end
+  return runs
+
+
+def _clean_model(model: Model) -> dit.CausalDiT:
+  return model.models[model.choice[-1]] if isinstance(model, StepModels) else model
+
+
 def init_cache(
-  model: dit.CausalDiT, sampling: Sampling, batch: int, y: int, x: int
+  model: Model, sampling: Sampling, batch: int, y: int, x: int
 ) -> kv_cache.KVCache:
   """An empty cache for `batch` videos of y rows and x columns of latents."""
   config = model.config
@@ -242,7 +291,7 @@ def cached_forward(
 
 
 def clean_pass(
-  model: dit.CausalDiT,
+  model: Model,
   cache: kv_cache.KVCache,
   latents: Array,
   chunk: ChunkInputs,
@@ -253,7 +302,7 @@ def clean_pass(
   On a cut the cache is reset first (clean_recache) and the chunk becomes the shot sink
   afterwards.
   """
-  rows = sampling.branches
+  rows, model = sampling.branches, _clean_model(model)
   frames = jnp.repeat(chunk.frames, rows, axis=0)
   cut = jnp.repeat(chunk.cut, rows, axis=0) & sampling.pins
   if sampling.clean_recache:
@@ -275,7 +324,7 @@ def clean_pass(
 
 
 def denoise_chunk(
-  model: dit.CausalDiT,
+  model: Model,
   cache: kv_cache.KVCache,
   chunk: ChunkInputs,
   sampling: Sampling,
@@ -283,7 +332,7 @@ def denoise_chunk(
   """Generates one chunk and remembers it.
 
   Args:
-    model: the transformer.
+    model: the transformer, or StepModels.
     cache: of `batch * sampling.branches` rows.
     chunk: inputs; `noise` decides the chunk's length.
     sampling: static.
@@ -297,9 +346,11 @@ def denoise_chunk(
   known = chunk.known[:, :, None, None, None]
 
   placement = kv_cache.place(cache, jnp.repeat(chunk.frames, rows, axis=0))
-  text, temporal = _text(model, chunk), _repeat(chunk.temporal, rows)
+  temporal = _repeat(chunk.temporal, rows)
 
-  def velocity(latents: Array, features: Array) -> Array:
+  def velocity(
+    model: dit.CausalDiT, text: Array, latents: Array, features: Array
+  ) -> Array:
     # Given frames are clean: their timestep is 0 in every pass.
     time = jnp.where(chunk.known[:, :, None], times[-1], features)
     v, _ = cached_forward(
@@ -317,23 +368,26 @@ def denoise_chunk(
     positive, negative = v[0::2], v[1::2]
     return negative + sampling.guidance * (positive - negative)
 
-  def step(state: schedule.SolverState, row):
+  def step(model: dit.CausalDiT, text: Array, state: schedule.SolverState, row):
     solver_row, features = row
     clamped = jnp.where(known, chunk.given, state.x)
     state = dataclasses.replace(state, x=clamped)
-    v = velocity(state.x, features)
+    v = velocity(model, text, state.x, features)
     return schedule.solver_step(solver_row, state, v), None
 
   with jax.named_scope("denoise"):
     state = schedule.solver_init(chunk.noise)
-    state, _ = lax.scan(step, state, (table.rows, times[:-1]))
+    for part, first, end in _runs(model, len(table.timesteps)):
+      inputs = jax.tree.map(lambda a, i=first, j=end: a[i:j], (table.rows, times[:-1]))
+      text = _text(part, chunk)
+      state, _ = lax.scan(functools.partial(step, part, text), state, inputs)
     latents = jnp.where(known, chunk.given, state.x)
   with jax.named_scope("clean_pass"):
     return latents, clean_pass(model, cache, latents, chunk, sampling)
 
 
 def rollout(
-  model: dit.CausalDiT,
+  model: Model,
   cache: kv_cache.KVCache,
   chunks: ChunkInputs,
   sampling: Sampling,
