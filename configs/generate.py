@@ -3,11 +3,12 @@
 python launch/generate.py --prompt "a red circle moves left"
 python launch/generate.py --config configs/generate.py:toy --config.steps=8 ...
 python launch/generate.py --config configs/generate.py:ti2v-5b,i2v ...
+python launch/generate.py --config configs/generate.py:toy,nvfp4,kv=nvfp4 ...
 """
 
 import ml_collections
 
-OPTIONS = ("i2v", "no_sinks", "float32", "random")
+OPTIONS = ("i2v", "no_sinks", "float32", "random", "nvfp4", "w4a4", "kv=nvfp4")
 
 
 def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
@@ -17,10 +18,11 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     arg: a size ('toy', 'ti2v-5b'), then comma-separated options: 'i2v' (every video
       must start from an image), 'no_sinks' (window only, to see what sinks do),
       'float32' (instead of bfloat16 at full size), 'random' (random weights, to
-      measure speed).
+      measure speed), 'nvfp4' (quantise the transformer's weights while loading them),
+      'w4a4' (and its activations as it runs), 'kv=nvfp4' (quantise the cache).
 
   Raises:
-    ValueError: unknown size or option.
+    ValueError: unknown size or option, or two that exclude each other.
   """
   size, *options = arg.split(",")
   if size not in ("toy", "ti2v-5b"):
@@ -28,6 +30,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   for option in options:
     if option not in OPTIONS:
       raise ValueError(f"config option={option!r} is unknown; use {', '.join(OPTIONS)}")
+  if "nvfp4" in options and "w4a4" in options:
+    raise ValueError("config options 'nvfp4' and 'w4a4' exclude each other; use one")
   config = ml_collections.ConfigDict()
 
   # Networks: names in the tables of sizes. `weights` is a folder with dit, vae, text
@@ -42,6 +46,15 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.text_weights = ""
   config.tokenizer = ""
   config.dtype = "float32"
+
+  # Numbers. `precision` quantises the transformer while it is loaded, 'w4a16' its
+  # weights, 'w4a4' also what is multiplied with them; '' takes a checkpoint as it is,
+  # quantised or not. `kv_format` is that of the cache.
+  config.precision = ""
+  config.precision_rule = "mse"
+  config.kv_format = ""
+  config.kv_smoothing = "token_mean"
+  config.kv_rule = "mse"
 
   # Picture and length. Clips of 24 frames a second; one chunk is
   # 4 * frames_per_chunk video frames.
@@ -94,4 +107,10 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     config.dtype = "float32"
   if "random" in options:
     config.weights = "random"
+  if "nvfp4" in options:
+    config.precision = "w4a16"
+  if "w4a4" in options:
+    config.precision = "w4a4"
+  if "kv=nvfp4" in options:
+    config.kv_format = "nvfp4"
   return config

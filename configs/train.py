@@ -29,8 +29,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.workdir = f"outputs/train_{arg}"
   c.seed = 0
-  c.steps = 13_000
-  c.batch_size = 64  # sequences of view.window chunks
+  c.steps = 21_000
+  c.batch_size = 96  # sequences of view.window chunks
 
   # What is trained. `vae` is a checkpoint folder; `init` one to start from, or ''.
   c.dit = "toy"
@@ -67,6 +67,17 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.flow.weighting = "uniform"
   c.flow.context_noise_max = 0
   c.flow.context_jitter = 0.1
+
+  # Low precision of the products with weights; master weights stay float32.
+  c.quantise = ml_collections.ConfigDict()
+  c.quantise.mode = ""  # or 'nvfp4', forward and backward
+  c.quantise.layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
+  c.quantise.activation = "mse"  # rules, of quant/nvfp4.py
+  c.quantise.weight = "mse"
+  c.quantise.gradient = "mse"
+  c.quantise.stochastic = True  # rounding of gradients
+  c.quantise.tiles = True  # weights in 16 x 16
+  c.quantise.hadamard = True  # in the gradient of weights
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.learning_rate = 8e-4

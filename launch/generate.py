@@ -8,7 +8,7 @@ Three shots of the shipped toy model, about 12 seconds of video:
     --prompt "A red star circles around in front of a brick wall."
 
 writes video.mp4, shots.png (all shots at a glance) and run.json (settings, versions,
-device, speed) to the output folder. Others:
+device, speed, bytes by precision) to the output folder. Others:
 
   ... --prompts prompts.txt                   one video a line
   ... --prompts folder --chunks=12            caption folders: one video a subfolder
@@ -16,6 +16,7 @@ device, speed) to the output folder. Others:
   ... --prompt "..." --continue_from old.mp4  go on where a video (or .npy latents) ends
   ... --save_state DIR --save_every 4         then --resume DIR, --rewind_to 8
   ... --config configs/generate.py:ti2v-5b --config.weights=DIR --config.steps=4
+  ... --config configs/generate.py:toy,nvfp4,kv=nvfp4     4-bit weights, 4-bit cache
   ... --mode bidirectional                    one clip by the plain base model
 
 Ctrl-C ends after the chunk under way; the MP4 plays and the state can be resumed.
@@ -24,6 +25,7 @@ Ctrl-C ends after the chunk under way; the MP4 plays and the state can be resume
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ from longlive_jax.generate import (
 from longlive_jax.generate import stream as streams
 from longlive_jax.models import text, vae
 from longlive_jax.parallel import mesh as meshes
+from longlive_jax.quant.weights import weight_bytes
+from longlive_jax.stopping import StopRequest
 
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -59,6 +63,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 # What Orbax, tensorstore and the file system raise when a disk is full.
 DISK_ERRORS = (OSError, ValueError, RuntimeError)
+# Settings that a saved state was made with, so that a resumed run cannot have others:
+# the seed is in its noise key, the rest in the shapes and the meaning of its cache.
+SAVED_SETTINGS = (
+  "seed", "size", "vae", "dtype", "height", "width", "frames_per_chunk",
+  "window_frames", "independent_first_frame", "relative_rope", "t_scale",
+  "kv_format", "kv_smoothing",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +118,15 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   watch = report.Stopwatch()
 
   # ------------------------------------------------------------------ check it all
+  options = expand_paths(options)
   check_modes(config, options)
   request.check_picture(config.height, config.width, config.fps)
-  fields = [f.name for f in dataclasses.fields(sampler.Sampling) if f.name in config]
-  sampling = sampler.Sampling(**{name: config[name] for name in fields})
-  dit_source, vae_source, text_source, tokenizer = find_networks(config)
   board, snapshot = find_storyboard(options)
+  if snapshot is not None:
+    check_resumed(config, store.load_metadata(snapshot).get("config", {}))
+  sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
+  choice = networks.Choice(**networks.pick(networks.Choice, config))
+  sources = networks.find_all(choice)
   if options.mode == "bidirectional" and any(len(set(s.prompts)) > 1
                                              for s in board.samples):  # fmt: skip
     raise ValueError("mode=bidirectional makes one shot; give one prompt a video")
@@ -128,7 +142,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
       fps=config.fps,
       frames_per_chunk=config.frames_per_chunk,
       window_frames=config.window_frames,
-      latent_channels=dit_source.config.in_channels,
+      latent_channels=sources.dit.config.in_channels,
     )
     if len(given) not in (1, board.batch):
       raise ValueError(
@@ -150,14 +164,15 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   # The encoder is read, run and gone before the other networks come.
   arrays = board.arrays()
   prompts = [*arrays.prompts, config.negative_prompt]
-  if tokenizer is None:
-    embeddings = networks.random_embeddings(prompts, text_source)
+  if sources.tokenizer is None:
+    embeddings = networks.random_embeddings(prompts, sources.text)
   else:
     embeddings = text.embed_prompts(
       prompts,
-      tokenizer,
-      lambda: networks.load(text_source, config.dtype),
-      encoder_id=text.fingerprint(text_source.path, tokenizer.path) + config.dtype,
+      sources.tokenizer,
+      lambda: networks.load(sources.text, config.dtype),
+      encoder_id=text.fingerprint(sources.text.path, sources.tokenizer.path)
+      + config.dtype,
       cache_dir=cache_dir,
     )
   story = streams.Story(
@@ -169,8 +184,8 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   )
 
   # ------------------------------------------------------------------ networks
-  video_vae = networks.load(vae_source, config.dtype)
-  model = networks.load(dit_source, config.dtype)
+  video_vae = networks.load(sources.vae, config.dtype)
+  model = networks.load(sources.dit, config.dtype)
   image = encode(video_vae, first)
   if given is not None:
     given = encode(video_vae, given) if given.dtype == np.uint8 else given
@@ -188,12 +203,18 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
       x=x,
     )
 
+  memory = {"transformer": weight_bytes(model), "vae": weight_bytes(video_vae)}
+  if options.mode == "stream":
+    cache = jax.eval_shape(init_state).cache
+    memory["cache"] = weight_bytes((cache.k, cache.v))
+  print(memory_line(memory), file=sys.stderr)
+
   # ------------------------------------------------------------------ generate
   record = recorder.Recorder(output, board.batch, config.fps)
   about = {"config": config.to_dict(), "storyboard": board.record()}
-  stop = recorder.StopRequest()
+  stop = StopRequest()
   first_chunk, done, state, saved, error = 0, 0, None, None, ""
-  with stop.on_signals():
+  with stop.on_signals("chunk"):
     if options.mode == "bidirectional":
       frames = sample_clip(model, video_vae, story, sampling, config, (y, x))
       record.add(frames, story.shot[0])
@@ -234,12 +255,12 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
           given=given,
           decode_frames=config.decode_frames,
           mesh=mesh,
-          should_stop=stop,
+          should_stop=lambda: bool(stop),
           on_state=keep,
         ):
           record.add(chunk.frames, story.shot[chunk.index or 0])
           watch.frames(chunk.frames.shape[0] * chunk.frames.shape[1])
-          if record.failure is not None and not stop():
+          if record.failure is not None and not stop:
             stop.reason = str(record.failure)
           speed = f"{watch.loop_fps:.1f} FPS" if watch.loop_fps else ""
           bar.update((chunk.index or 0) + 1, speed)
@@ -261,6 +282,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
     "seed": config.seed,
     **report.environment(),
     "speed": watch.summary(),
+    "bytes": memory,
     "chunks": [first_chunk, done],
     "stopped_by": stop.reason,
     "error": error,
@@ -276,6 +298,59 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   except OSError as failed:
     result["error"] = result["error"] or str(failed)
   return result
+
+
+def memory_line(memory: Mapping[str, Mapping[str, int]]) -> str:
+  """One line for people: bytes by part and precision."""
+  parts = [
+    f"{part} " + " + ".join(f"{n / 1e6:,.1f} MB {name}" for name, n in sizes.items())
+    for part, sizes in memory.items()
+  ]
+  return "; ".join(parts)
+
+
+def expand_paths(options: Options) -> Options:
+  """`~` in every path: the shell leaves it alone in --save_state=~/states."""
+  names = ("prompts", "image", "images", "continue_from", "output", "save_state",
+           "resume")  # fmt: skip
+  paths = {name: getattr(options, name) for name in names}
+  expanded = {n: str(Path(path).expanduser()) for n, path in paths.items() if path}
+  return dataclasses.replace(options, **expanded)
+
+
+def parse_durations(values: Sequence[str]) -> tuple[int, ...]:
+  """Chunks of each prompt from the parts of --durations=3,2,4.
+
+  Raises:
+    ValueError: a part that is no whole number.
+  """
+  try:
+    return tuple(int(value) for value in values)
+  except ValueError as error:
+    raise ValueError(
+      f"durations={','.join(values)} must be whole numbers of chunks with commas "
+      "between them; use --durations=3,2,4 for three prompts"
+    ) from error
+
+
+def check_resumed(config: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> None:
+  """Raises ValueError for settings that the saved state does not allow to change.
+
+  Args:
+    saved: config of the run that is resumed; states of older versions lack some.
+  """
+  saved = {"kv_format": "", **saved}
+  changed = [n for n in SAVED_SETTINGS if n in saved and config.get(n) != saved[n]]
+  guided = config.guidance != 1.0, saved.get("guidance", config.guidance) != 1.0
+  if guided[0] != guided[1]:  # from 2 to 3 is fine; on and off is another cache
+    changed.append("guidance")
+  if changed:
+    name = changed[0]
+    raise ValueError(
+      f"{name}={config[name]!r} cannot be set with --resume: the saved state was made "
+      f"with {name}={saved[name]!r}; leave it out, or start a new video with "
+      "--continue_from"
+    )
 
 
 def check_overwrites(options: Options, output: Path, snapshot: Path | None) -> None:
@@ -314,36 +389,13 @@ def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
     raise ValueError(
       "continue_from needs config.independent_first_frame=False: whole chunks"
     )
+  if config.decode_frames < 1:
+    raise ValueError(
+      f"decode_frames={config.decode_frames} must be at least 1; use 1 for the least "
+      "memory"
+    )
   if config.dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype={config.dtype!r} is unknown; use float32 or bfloat16")
-
-
-def find_networks(
-  config: ml_collections.ConfigDict,
-) -> tuple[networks.Source, networks.Source, networks.Source, text.Tokenizer | None]:
-  """Sources of transformer, VAE and text encoder, and the tokenizer.
-
-  Without text weights there is no tokenizer.
-  """
-  named = {"dit": config.size, "vae": config.vae, "umt5": config.text}
-  chosen = {
-    "dit": config.dit_weights,
-    "vae": config.vae_weights,
-    "umt5": config.text_weights,
-  }
-  needs_folder = not all(chosen.values()) or not config.tokenizer
-  folder = networks.folder_of(config.weights, config.size) if needs_folder else None
-  sources = {}
-  for kind, part in (("dit", "dit"), ("vae", "vae"), ("umt5", "text")):
-    weights = chosen[kind] or (folder / part if folder else "random")
-    sources[kind] = networks.find(kind, named[kind], weights)
-  dit_source, vae_source, text_source = sources.values()
-  networks.check_together(dit_source, vae_source, text_source)
-  tokenizer = None
-  if text_source.path is not None:
-    path = config.tokenizer or (folder or text_source.path.parent) / "tokenizer.json"
-    tokenizer = text.Tokenizer(path, text_source.config.text_len)
-  return dit_source, vae_source, text_source, tokenizer
 
 
 def find_storyboard(options: Options) -> tuple[storyboard.Storyboard, Path | None]:
@@ -422,13 +474,14 @@ def main(argv: list[str]) -> None:
   values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)}
   config = _CONFIG.value
   try:
-    values["durations"] = tuple(int(n) for n in values["durations"])
-    options = Options(**{**values, "prompt": tuple(values["prompt"])})
+    values["durations"] = parse_durations(values["durations"])
+    options = expand_paths(Options(**{**values, "prompt": tuple(values["prompt"])}))
     if options.resume:
-      # Settings of the saved run, but for what this command line overrides.
+      # Settings of the saved run, but for what this command line overrides. Those that
+      # an older version did not have yet keep their defaults.
       saved = snapshots.find(options.resume, options.rewind_to)
       overrides = config_flags.get_override_values(flags.FLAGS["config"])
-      config = ml_collections.ConfigDict(store.load_metadata(saved)["config"])
+      config.update(store.load_metadata(saved)["config"])
       config.update_from_flattened_dict(overrides)
     result = run(config, options)
   except (ValueError, OSError, FloatingPointError) as error:

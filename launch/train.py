@@ -7,6 +7,8 @@ first. At the end (and only then) `workdir/model` holds the averaged weights as
 inference checkpoints, with tokenizer.json beside them.
 """
 
+import dataclasses
+import functools
 import logging
 import shutil
 import time
@@ -27,6 +29,8 @@ from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
+from longlive_jax.quant.training import TrainingSettings, prepare_training
+from longlive_jax.stopping import StopRequest
 from longlive_jax.train import flow, latents, loop
 from longlive_jax.train import state as train_state
 
@@ -149,7 +153,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   # ------------------------------------------------------------------ the loop
   metrics_log = loop.MetricsLog(workdir / "metrics.jsonl", first)
   line: dict[str, float] = {}
-  with loop.stop_on_signal() as stop:
+  stop = StopRequest()
+  with stop.on_signals("step"):
     for step in range(first + 1, config.steps + 1):
       state, metrics = step_fn(state, next(batches))
       metrics_log.add(metrics)
@@ -165,7 +170,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       if step % config.checkpoint_every == 0 or step == config.steps or stop:
         checkpoints.save(step, state, batches.get_state())
       if stop:
-        log.warning("%s: saved step %d; start again to go on", stop.name, step)
+        log.warning("%s: saved step %d; start again to go on", stop.reason, step)
         break
 
   # ------------------------------------------------------------------ result
@@ -208,7 +213,24 @@ def check(
   for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
     if config[name] < 1:
       raise ValueError(f"{name}={config[name]} must be at least 1")
+  quantise = training_settings(config)
+  if quantise:  # finds layers that are not there or do not fit, without building any
+    prepare = functools.partial(
+      prepare_training, patterns=config.quantise.layers, settings=quantise
+    )
+    network = store.abstract_network("dit", dit_config)
+    jax.eval_shape(prepare, network, key=jax.random.key(0))
   return dit_config, text_config
+
+
+def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | None:
+  """How products with weights are quantised; None if they are not."""
+  mode = config.quantise.mode
+  if mode not in ("", "nvfp4"):
+    raise ValueError(f"quantise.mode={mode!r} is unknown; use '' or 'nvfp4'")
+  names = [field.name for field in dataclasses.fields(TrainingSettings)]
+  settings = TrainingSettings(**{name: config.quantise[name] for name in names})
+  return settings if mode else None
 
 
 def make_loss(
@@ -220,9 +242,17 @@ def make_loss(
   features = dit.time_features(
     flow.timestep_table(settings.shift), dit_config.freq_dim
   )  # (1001, freq_dim), one row an index
+  quantise = training_settings(config)
 
   def loss_fn(params, batch, key):
     params = train_state.cast(params, config.dtype)
+    transformer = params["dit"]
+    if quantise:
+      # Far from the numbers of a split: the draws of the loss stay what they are.
+      rounding = jax.random.fold_in(key, 2**31)
+      transformer = prepare_training(
+        transformer, config.quantise.layers, quantise, rounding
+      )
     b, segments, k = batch["ids"].shape
     ids, text_mask = batch["ids"], batch["text_mask"]
     context = params["text"](ids.reshape(-1, k), text_mask.reshape(-1, k))
@@ -233,7 +263,7 @@ def make_loss(
 
     def network(inputs: flow.FlowInputs) -> jax.Array:
       return dit.train_forward(
-        params["dit"],
+        transformer,
         inputs.noisy,
         table[inputs.index],
         context,

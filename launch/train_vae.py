@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from longlive_jax.checkpoint import store
 from longlive_jax.data.clips import ClipSource, clip_source, load_clips
 from longlive_jax.models.vae import VAE_SIZES, VAEConfig, VideoVAE
+from longlive_jax.stopping import StopRequest
 from longlive_jax.train import loop
 from longlive_jax.train import state as train_state
 from longlive_jax.train import vae as train_vae
@@ -76,7 +77,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 
   # ------------------------------------------------------------------ the loop
   log = loop.MetricsLog(workdir / "metrics.jsonl", first)
-  with loop.stop_on_signal() as stop:
+  stop = StopRequest()
+  with stop.on_signals("step"):
     for step in range(first + 1, config.steps + 1):
       frames = train_vae.window_batch(
         videos, step, batch=config.batch_size, frames=config.frames, seed=config.seed
@@ -95,7 +97,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       if step % config.checkpoint_every == 0 or step == config.steps or stop:
         checkpoints.save(step, state, {})
       if stop:
-        logging.warning("%s: saved step %d; start again to go on", stop.name, step)
+        logging.warning("%s: saved step %d; start again to go on", stop.reason, step)
         break
 
   # ------------------------------------------------------------------ result

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longlive_jax.checkpoint import store
+from longlive_jax.checkpoint import quantised, store
 from longlive_jax.data.video import VideoWriter
-from longlive_jax.generate import networks, report, stream
+from longlive_jax.generate import networks, report, request, stream
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.models.text import train_toy_tokenizer
 
@@ -139,6 +140,90 @@ def test_resume_rewind_and_branch(generate, config, tmp_path):
   np.testing.assert_array_equal(branched["cache.frame"], straight["cache.frame"])
 
 
+def test_settings_of_a_saved_state_cannot_change(generate, config, tmp_path):
+  """Found before a network is built, and by name."""
+  states = tmp_path / "states"
+  board = request.build_storyboard(shots=("a",), chunks=2)
+  about = {"config": config.to_dict(), "storyboard": board.record()}
+  store.save(states / "chunk_00001", {"key": np.zeros(1)}, about)
+  options = generate.Options(output=str(tmp_path / "more"), resume=str(states))
+  changes = dict(
+    seed=1, size="toy", vae="toy", height=64, width=32, window_frames=8,
+    frames_per_chunk=1, relative_rope=False, dtype="bfloat16", kv_format="nvfp4",
+    guidance=1.0,
+  )  # fmt: skip
+  for name, value in changes.items():
+    other = config.copy_and_resolve_references()
+    other[name] = value
+    refused = f"{name}={value!r} cannot be set with --resume"
+    with pytest.raises(ValueError, match=f"{refused}: .* {name}={config[name]!r};"):
+      generate.run(other, options)
+  old = {name: config[name] for name in config if not name.startswith("kv_")}
+  config.guidance = 3.0  # guided before and after
+  generate.check_resumed(config, old)
+  config.kv_format = "nvfp4"
+  with pytest.raises(ValueError, match="was made with kv_format=''"):
+    generate.check_resumed(config, old)
+
+
+def test_a_tilde_is_the_home_folder(generate, config, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  options = generate.Options(
+    prompt=("a",), chunks=1, output="~/out", save_state="~/states"
+  )
+  result = generate.run(config, options)
+  assert result["state"] == str(tmp_path / "states" / "chunk_00001")
+  options = generate.Options(
+    output="~/rest", resume="~/states", prompt=("b",), chunks=1
+  )
+  assert generate.run(config, options)["chunks"] == [1, 2]
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "cache", "out", "rest", "states"
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [["3", "x"], ["3", ""], ["2.5"]])
+def test_durations_are_numbers(generate, values):
+  assert generate.parse_durations(["3", " 2"]) == (3, 2)
+  message = f"durations={','.join(values)} must be whole numbers of chunks"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    generate.parse_durations(values)
+
+
+def test_four_bits_from_start_to_end(generate, config, weights, tmp_path, capsys):
+  """Quantised while loading, or a checkpoint that is quantised: the same video."""
+  config.update(precision="w4a16", kv_format="nvfp4", steps=1)
+  quantised.quantise_checkpoint(weights / "dit", tmp_path / "dit")
+
+  def go(name, **settings):
+    config.update(settings)
+    states = str(tmp_path / f"{name}_states")
+    options = generate.Options(
+      prompt=("a",), chunks=2, output=str(tmp_path / name), save_state=states
+    )
+    result = generate.run(config, options)
+    assert not result["error"]
+    return result, store.load(result["state"])
+
+  result, state = go("loading")
+  line = capsys.readouterr().err
+  assert "transformer " in line and "MB nvfp4" in line and "cache " in line
+  saved = json.loads((tmp_path / "loading" / "run.json").read_text())["bytes"]
+  assert saved == result["bytes"]
+  assert saved["transformer"].keys() == {"nvfp4", "float32"}
+  assert saved["vae"].keys() == {"float32"} and saved["cache"].keys() == {
+    "nvfp4", "bfloat16"
+  }  # fmt: skip
+  # Keys and values of 2 layers, 6 frames of 2 tokens, 2 rows of guidance; 64 numbers a
+  # token in 36 bytes, and a tensor scale a layer, row and frame.
+  assert saved["cache"]["nvfp4"] == 2 * 2 * 6 * 2 * (2 * 36 + 4)
+  _, again = go("checkpoint", precision="", dit_weights=str(tmp_path / "dit"))
+  assert state.keys() == again.keys()
+  for name, value in state.items():
+    np.testing.assert_array_equal(value, again[name], err_msg=name)
+
+
 def test_ctrl_c_keeps_a_video_and_a_state(generate, config, tmp_path, monkeypatch):
   update = report.ProgressBar.update
 
@@ -254,6 +339,10 @@ BAD = [
   (dict(steps=0), {}, "steps=0 must be at least 1"),
   (dict(dtype="float8"), {}, "dtype='float8' is unknown"),
   (dict(devices=2), {}, "devices=2 must divide the 1 videos"),
+  (dict(decode_frames=0), {}, "decode_frames=0 must be at least 1; use 1"),
+  (dict(precision="fp8"), {}, "precision='fp8' is unknown; use w4a16"),
+  (dict(precision="w4a16", precision_rule="x"), {}, "rule='x' is unknown; use"),
+  (dict(kv_format="fp4"), {}, "kv_format='fp4' is unknown"),
   (
     dict(weights="nowhere"),
     {},
@@ -328,6 +417,13 @@ def test_config_arguments():
   assert (full.height, full.width, full.dtype) == (704, 1280, "bfloat16")
   assert full.i2v and full.weights == "random" and full.sink_frames == 8
   assert get_config("toy,no_sinks").sink_frames == 0
+  plain, packed = get_config("toy"), get_config("ti2v-5b,nvfp4,kv=nvfp4")
+  assert (plain.precision, plain.precision_rule, plain.kv_format) == ("", "mse", "")
+  assert (packed.precision, packed.kv_format) == ("w4a16", "nvfp4")
+  assert packed.kv_smoothing == "token_mean"
+  assert get_config("toy,w4a4").precision == "w4a4"
+  with pytest.raises(ValueError, match="'nvfp4' and 'w4a4' exclude each other"):
+    get_config("toy,nvfp4,w4a4")
   with pytest.raises(ValueError, match="config size='7b' is unknown"):
     get_config("7b")
   with pytest.raises(ValueError, match="config option='fast' is unknown"):

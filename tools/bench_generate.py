@@ -8,6 +8,7 @@ from noise to uint8 frames on the host. `dit_chunk_ms_early` and `_late` compare
 first chunks with a full window and the last ones: a longer video must not be slower.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from flax import nnx
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.models import dit, vae
+from longlive_jax.quant import weights
 
 _SIZE = flags.DEFINE_string("size", "test", "Transformer size.")
 _VAE = flags.DEFINE_string("vae", "test", "VAE size.")
@@ -31,14 +33,29 @@ _STEPS = flags.DEFINE_integer("steps", 4, "Solver steps.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Precision.")
 _DECODE_FRAMES = flags.DEFINE_integer("decode_frames", 1, "Latent frames a decode.")
 _LATENTS_ONLY = flags.DEFINE_bool("latents_only", False, "Leave the decoder out.")
+_PRECISION = flags.DEFINE_enum(
+  "precision", "", ["", "w4a16", "w4a4"], "Of the transformer's weights."
+)
 _KV_FORMAT = flags.DEFINE_enum("kv_format", "", ["", "nvfp4"], "Of the cache.")
+_MEMORY_ONLY = flags.DEFINE_bool(
+  "memory_only", False, "One run with the decoder, for the peak of memory alone."
+)
 _OUT = flags.DEFINE_string("out", "", "JSON file for the figures.")
 
 
-def random_networks(size: str, vae_size: str, dtype):
-  """Both networks with random weights, made on the device."""
+def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
+  """Both networks with random weights, made on the device.
+
+  With a precision the transformer's weights are random 4-bit numbers from the start:
+  quantising would need the plain ones first, and the peak of memory would be theirs.
+  The VAE has no encoder: generating from text does not load it.
+  """
   config = dit.size(size)
-  c_in = config.in_channels
+  video_vae = vae.VAE_SIZES[vae_size]
+  if video_vae.z_dim != config.in_channels:
+    raise ValueError(
+      f"vae={vae_size!r} has z_dim={video_vae.z_dim}; {size} has {config.in_channels}"
+    )
 
   def build():
     model = dit.CausalDiT(config, dtype=dtype, rngs=nnx.Rngs(0))
@@ -47,11 +64,37 @@ def random_networks(size: str, vae_size: str, dtype):
     head.set_value(0.02 * jax.random.normal(jax.random.key(1), head.shape, dtype))
     return model
 
-  video_vae = vae.VAE_SIZES[vae_size]
-  if video_vae.z_dim != c_in:
-    raise ValueError(f"vae={vae_size!r} has z_dim={video_vae.z_dim}; {size} has {c_in}")
-  make_vae = jax.jit(lambda: vae.VideoVAE(video_vae, dtype=dtype, rngs=nnx.Rngs(2)))
-  return jax.jit(build)(), make_vae()
+  def build_vae():
+    network = vae.VideoVAE(video_vae, dtype=dtype, rngs=nnx.Rngs(2))
+    network.encoder = network.conv1 = None
+    return network
+
+  if precision:
+    abstract = jax.eval_shape(
+      lambda: weights.quantise_weights(build(), mode=precision)
+    )
+    model = random_like(abstract)
+  else:
+    model = jax.jit(build)()
+  return model, jax.jit(build_vae)()
+
+
+def random_like(abstract):
+  """A network of quantised and plain weights, filled leaf by leaf."""
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def fill(leaf, key):
+    if leaf.dtype == jnp.uint8:
+      return jax.random.bits(key, leaf.shape, jnp.uint8)
+    if leaf.dtype == jnp.float8_e4m3fn:
+      return jnp.ones(leaf.shape, leaf.dtype)
+    # Tensor scales and plain weights alike: numbers around 0.02.
+    return (0.02 * (1 + jax.random.normal(key, leaf.shape))).astype(leaf.dtype)
+
+  leaves, structure = jax.tree.flatten(abstract)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  made = [fill(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(structure, made)
 
 
 def story(config: dit.WanConfig, chunks: int) -> streaming.Story:
@@ -68,14 +111,20 @@ def peak_bytes() -> int | None:
   return stats["peak_bytes_in_use"] if stats else None
 
 
-def run(model, video_vae, sampling, plot, y, x) -> list[float]:
+def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
   """Streams the story; returns the time at which each chunk was on the host."""
   state = streaming.init_state(
     model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x
   )
   stamps = [time.perf_counter()]
   chunks = streaming.stream(
-    model, video_vae, state, plot, sampling, decode_frames=_DECODE_FRAMES.value
+    model,
+    video_vae,
+    state,
+    plot,
+    sampling,
+    decode_frames=_DECODE_FRAMES.value,
+    on_state=on_state,
   )
   for chunk in chunks:
     jax.block_until_ready(chunk.latents)
@@ -87,7 +136,9 @@ def main(argv: list[str]) -> None:
   del argv
   y, x = _HEIGHT.value // 16, _WIDTH.value // 16
   dtype = jnp.dtype(_DTYPE.value)
-  model, video_vae = random_networks(_SIZE.value, _VAE.value, dtype)
+  model, video_vae = random_networks(
+    _SIZE.value, _VAE.value, dtype, _PRECISION.value
+  )
   sampling = Sampling(steps=_STEPS.value, kv_format=_KV_FORMAT.value)
   plot = story(model.config, _CHUNKS.value)
   frames = 4 * sampling.frames_per_chunk
@@ -100,10 +151,16 @@ def main(argv: list[str]) -> None:
     "chunks": _CHUNKS.value,
     "steps": _STEPS.value,
     "dtype": _DTYPE.value,
+    "precision": _PRECISION.value,
     "kv_format": _KV_FORMAT.value,
-    "parameters_dit": sum(p.size for p in jax.tree.leaves(model)),
+    "bytes_dit": weights.weight_bytes(model),
     "parameters_vae": sum(p.size for p in jax.tree.leaves(video_vae)),
   }
+
+  if _MEMORY_ONLY.value:
+    figures |= memory(model, video_vae, sampling, plot, y, x)
+    report(figures)
+    return
 
   stamps = run(model, None, sampling, plot, y, x)
   figures["dit_first_chunk_cold_s"] = stamps[1] - stamps[0]
@@ -129,7 +186,24 @@ def main(argv: list[str]) -> None:
     figures["end_to_end_fps_steady"] = frames / steady
     figures["peak_bytes"] = peak_bytes()
   figures["programs"] = streaming.compiled_programs()
+  report(figures)
 
+
+def memory(model, video_vae, sampling, plot, y, x) -> dict[str, int | None]:
+  """Peak bytes after 16 chunks and at the end of one decoded run."""
+  peaks: dict[str, int | None] = {}
+
+  def look(chunk, state):
+    if chunk == 16:
+      jax.block_until_ready(state.cache.k)
+      peaks["peak_bytes_after_16_chunks"] = peak_bytes()
+
+  run(model, video_vae, sampling, plot, y, x, on_state=look)
+  peaks[f"peak_bytes_after_{plot.chunks}_chunks"] = peak_bytes()
+  return peaks
+
+
+def report(figures: dict[str, object]) -> None:
   for name, value in figures.items():
     print(json.dumps({name: value}), flush=True)
   if _OUT.value:

@@ -45,7 +45,7 @@ from longlive_jax.data.detectors import Detection
 from longlive_jax.data.toy_world import Scene
 from longlive_jax.generate import networks, report, storyboard
 from longlive_jax.generate.sampler import Sampling
-from longlive_jax.generate.stream import Story, init_state, stream
+from longlive_jax.generate.stream import Story, StreamState, init_state, stream
 from longlive_jax.models import dit, umt5, vae
 from longlive_jax.models.text import Tokenizer
 
@@ -113,30 +113,21 @@ def load_networks(config: ml_collections.ConfigDict) -> Networks:
   Raises:
     ValueError: one is missing, or they do not fit each other.
   """
-  folder = networks.folder_of(config.weights, config.size)
-  if folder is None:
+  choice = networks.Choice(**networks.pick(networks.Choice, config))
+  if choice.weights == "random":
     raise ValueError("weights='random' cannot be evaluated; give a folder")
-  dit_source = networks.find("dit", config.size, config.dit_weights or folder / "dit")
-  vae_source = networks.find("vae", config.vae, config.vae_weights or folder / "vae")
-  text_source = networks.find(
-    "umt5", config.text, config.text_weights or folder / "text"
-  )
-  networks.check_together(dit_source, vae_source, text_source)
-  tokenizer = Tokenizer(
-    config.tokenizer or folder / "tokenizer.json", text_source.config.text_len
-  )
+  sources = networks.find_all(choice)
   return Networks(
-    model=networks.load(dit_source, config.dtype),
-    vae=networks.load(vae_source, config.dtype),
-    text=networks.load(text_source, config.dtype),
-    tokenizer=tokenizer,
+    model=networks.load(sources.dit, config.dtype),
+    vae=networks.load(sources.vae, config.dtype),
+    text=networks.load(sources.text, config.dtype),
+    tokenizer=sources.tokenizer,
   )
 
 
 def sampling_of(config: ml_collections.ConfigDict, *, sinks: bool) -> Sampling:
   """Sampling settings of a generate config, as they are or with sinks off."""
-  names = [field.name for field in dataclasses.fields(Sampling) if field.name in config]
-  settings = {name: config[name] for name in names}
+  settings = networks.pick(Sampling, config)
   if not sinks:
     settings |= {"sink_frames": 0, "multi_shot_sink": False, "clean_recache": False}
   return Sampling(**settings)
@@ -164,6 +155,69 @@ def _decode(
   return vae.to_uint8(frames), dropped, state
 
 
+def story_of(
+  nets: Networks,
+  sampling: Sampling,
+  scenes: Sequence[Scene],
+  negative_prompt: str = "",
+) -> Story:
+  """The scenes (all with the same number of chunks) as one batch's story."""
+  board = storyboard.from_prompt_lists([scene_prompts(scene) for scene in scenes])
+  arrays = board.arrays()
+  texts = [*arrays.prompts, negative_prompt]
+  # Always the same number of rows: every batch has other prompts, one program does.
+  rows = len(scenes) * len(scenes[0].shots) * 2 + 1
+  texts += [""] * (rows - len(texts))
+  embedded = np.asarray(_embed(nets.text, *nets.tokenizer(texts)))
+  return Story(
+    embeddings=embedded[: len(arrays.prompts)],
+    negative=embedded[len(arrays.prompts)] if sampling.branches == 2 else None,
+    prompt_index=arrays.prompt_index,
+    cut=arrays.cut,
+    shot=arrays.shot,
+  )
+
+
+def start_of(
+  nets: Networks, sampling: Sampling, first: int, videos: int, *, seed: int, size: int
+) -> StreamState:
+  """The state before the first chunk; video i is sample `first + i`.
+
+  So a video's noise does not depend on how videos are batched.
+  """
+  return init_state(
+    nets.model,
+    None,
+    sampling,
+    key=jax.random.key(seed),
+    samples=first + np.arange(videos),
+    y=size // 16,
+    x=size // 16,
+  )
+
+
+def decode(
+  video_vae: vae.VideoVAE, chunks: Iterable[jax.Array], wanted: set[int]
+) -> Iterator[np.ndarray | None]:
+  """Latents (b, f, y, x, c) of chunk 0, 1 ... to frames of the wanted ones.
+
+  Yields:
+    For each chunk its frames, uint8 (b, t, h, w, 3), or None if it is not wanted.
+  """
+  decoder = None
+  for index, latents in enumerate(chunks):
+    if not wanted & {index, index + 1}:
+      decoder = None
+      yield None
+      continue
+    if decoder is None:
+      b, _, y, x, _ = latents.shape
+      decoder = vae.init_decoder_state(video_vae, b, y, x)
+    frames, dropped, decoder = _decode(video_vae, decoder, latents)
+    frames = np.asarray(frames)[:, int(dropped[0]) :]
+    yield frames if index in wanted else None
+
+
 def generate(
   nets: Networks,
   sampling: Sampling,
@@ -175,47 +229,11 @@ def generate(
   size: int,
   negative_prompt: str = "",
 ) -> Iterator[np.ndarray | None]:
-  """Generates the scenes (all with the same number of chunks) as one batch.
-
-  Scene i is sample `first + i`: its noise does not depend on how scenes are batched.
-
-  Yields:
-    For each chunk its frames, uint8 (b, t, h, w, 3), or None if it is not wanted.
-  """
-  board = storyboard.from_prompt_lists([scene_prompts(scene) for scene in scenes])
-  arrays = board.arrays()
-  texts = [*arrays.prompts, negative_prompt]
-  # Always the same number of rows: every batch has other prompts, one program does.
-  rows = len(scenes) * len(scenes[0].shots) * 2 + 1
-  texts += [""] * (rows - len(texts))
-  embedded = np.asarray(_embed(nets.text, *nets.tokenizer(texts)))
-  story = Story(
-    embeddings=embedded[: len(arrays.prompts)],
-    negative=embedded[len(arrays.prompts)] if sampling.branches == 2 else None,
-    prompt_index=arrays.prompt_index,
-    cut=arrays.cut,
-    shot=arrays.shot,
-  )
-  latents = size // 16
-  state = init_state(
-    nets.model,
-    None,
-    sampling,
-    key=jax.random.key(seed),
-    samples=first + np.arange(len(scenes)),
-    y=latents,
-    x=latents,
-  )
-  fresh = vae.init_decoder_state(nets.vae, len(scenes), latents, latents)
-  decoder = fresh
-  for chunk in stream(nets.model, None, state, story, sampling):
-    if not wanted & {chunk.index, chunk.index + 1}:
-      decoder = fresh
-      yield None
-      continue
-    frames, dropped, decoder = _decode(nets.vae, decoder, chunk.latents)
-    frames = np.asarray(frames)[:, int(dropped[0]) :]
-    yield frames if chunk.index in wanted else None
+  """Generates the scenes as one batch: `story_of`, `start_of`, `stream`, `decode`."""
+  story = story_of(nets, sampling, scenes, negative_prompt)
+  state = start_of(nets, sampling, first, len(scenes), seed=seed, size=size)
+  chunks = stream(nets.model, None, state, story, sampling)
+  yield from decode(nets.vae, (chunk.latents for chunk in chunks), wanted)
 
 
 # ---------------------------------------------------------------- frames to numbers

@@ -3,12 +3,13 @@
   python tools/export_checkpoint.py --source ckpt/dit --out model.safetensors
 
 Names, shapes, dtypes and bytes are those of the file that was converted. The VAE's
-latent statistics, which PyTorch files lack, go into the file's header.
+latent statistics, which PyTorch files lack, go into the file's header. A transformer
+that is quantised to NVFP4 is written in FourOverSix's layout.
 """
 
 from absl import app, flags, logging
 
-from longlive_jax.checkpoint import convert
+from longlive_jax.checkpoint import convert, four_over_six, store
 
 _SOURCE = flags.DEFINE_string("source", None, "Checkpoint folder.")
 _OUT = flags.DEFINE_string("out", None, "File to make, .safetensors.")
@@ -18,7 +19,9 @@ _PREFIX = flags.DEFINE_string("prefix", "", "In front of every name, e.g. 'model
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step
-  convert.export(_SOURCE.value, _OUT.value, _PREFIX.value)
+  packed = store.is_packed(store.load_metadata(_SOURCE.value))
+  export = four_over_six.export_checkpoint if packed else convert.export
+  export(_SOURCE.value, _OUT.value, _PREFIX.value)
   print(f"wrote {_OUT.value}")
 
 

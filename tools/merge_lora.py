@@ -4,7 +4,8 @@
   python tools/merge_lora.py --base ckpt/dit --lora a.pt --lora ckpt/b \\
     --weight 1.0 --weight 0.5 --out ckpt/dit_merged
 
-W + weight * alpha / rank * B A in float32, rounded once to the weight's dtype.
+W + weight * alpha / rank * B A in float32, rounded once to the weight's dtype. The
+base must not be quantised: tools/quantize_checkpoint.py merges before it quantises.
 """
 
 from absl import app, flags, logging

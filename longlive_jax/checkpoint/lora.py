@@ -103,10 +103,20 @@ def _stack(
 def check_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Raises ValueError that lists every factor without a fitting parameter.
 
+  A quantised parameter fits none: merged into rounded weights and rounded again, the
+  small change that an adapter is would be lost.
+
   Args:
     shapes: parameter path -> shape of the transformer's parameters.
   """
   problems = []
+  packed = [p for p in lora.factors if any(s.startswith(f"{p}.") for s in shapes)]
+  if packed:
+    raise ValueError(
+      f"the base is quantised in {len(packed)} weights that the LoRA changes, such as "
+      f"{packed[0]}; merge it into the checkpoint that the base was made from: "
+      "tools/quantize_checkpoint.py --lora"
+    )
   for path, (a, b) in lora.factors.items():
     delta = (*b.shape[:-1], a.shape[-1])
     if path not in shapes:
@@ -185,7 +195,7 @@ class LoraWeight:
   scale: float = dataclasses.field(metadata={"static": True})
 
 
-@linear.matmul.register(LoraWeight)
+@linear.matmul_rule.register(LoraWeight)
 def _matmul_lora(weight: LoraWeight, x: jax.Array) -> jax.Array:
   low = linear.matmul(linear.matmul(x, weight.a), weight.b)
   return linear.matmul(x, weight.base) + weight.scale * low

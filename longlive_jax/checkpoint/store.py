@@ -222,9 +222,17 @@ def save_network(
 
   Args:
     source: where the weights are from, for the record.
+
+  Raises:
+    FileExistsError, ValueError: as `save`; also for quantised weights.
   """
   kinds = {module: kind for kind, (module, _, _) in NETWORKS.items()}
-  dtype = _main_dtype(named_leaves(network))
+  leaves = named_leaves(network)
+  if any(name.endswith(".codes") for name in leaves):
+    raise ValueError(
+      f"path={path}: the network is quantised; use checkpoint.quantised.save_network"
+    )
+  dtype = _main_dtype(leaves)
   record = network_metadata(kinds[type(network)], network.config, dtype, source)
   save(path, network, record, overwrite=overwrite)
 
@@ -238,7 +246,25 @@ def load_network(path: PathLike, kind: str, dtype: Any = None) -> Any:
     dtype: of the parameters; the stored one if not given.
 
   Raises:
-    FileNotFoundError, ValueError: as `load`; also for another kind of network.
+    FileNotFoundError, ValueError: as `load`; also for another kind of network, or one
+      with quantised weights (checkpoint/quantised.py).
+  """
+  record = load_record(path, kind)
+  if is_packed(record):
+    raise ValueError(
+      f"{kind}={path} holds weights packed in NVFP4, no plain ones; load it with "
+      "checkpoint.quantised.load_network, or give the checkpoint it was made from"
+    )
+  config = network_config(kind, record["config"])
+  dtype = jnp.dtype(dtype or record["dtype"])
+  return load(path, abstract_network(kind, config, dtype))
+
+
+def load_record(path: PathLike, kind: str) -> dict[str, Any]:
+  """The record of a network's checkpoint.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_metadata`; also for another kind of network.
   """
   record = load_metadata(path)
   if record.get("kind") != kind:
@@ -246,9 +272,12 @@ def load_network(path: PathLike, kind: str, dtype: Any = None) -> Any:
       f"{kind}={path} holds a {record.get('kind', 'training state or stream')!r}; "
       f"give the folder of a {kind!r} checkpoint"
     )
-  config = network_config(kind, record["config"])
-  dtype = jnp.dtype(dtype or record["dtype"])
-  return load(path, abstract_network(kind, config, dtype))
+  return record
+
+
+def is_packed(record: Mapping[str, Any]) -> bool:
+  """Whether a checkpoint's record lists quantised weights (checkpoint/quantised.py)."""
+  return any(e["format"] == "nvfp4" for e in record.get("weights", {}).values())
 
 
 def load_dit(path: PathLike, dtype: Any = None) -> dit.CausalDiT:

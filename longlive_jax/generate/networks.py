@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,38 @@ import numpy as np
 from flax import nnx
 
 import longlive_jax
-from longlive_jax.checkpoint import store
+from longlive_jax.checkpoint import quantised, store
+from longlive_jax.models.text import Tokenizer
+from longlive_jax.quant import nvfp4
+from longlive_jax.quant import weights as quant_weights
 
 SHIPPED = Path(longlive_jax.__file__).parent / "assets" / "toy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """Which networks a run asks for.
+
+  Attributes:
+    size, vae, text: names in the tables of sizes.
+    weights: folder with dit, vae, text and tokenizer.json; '' for what ships with the
+      package (toy only), 'random' for no weights at all.
+    dit_weights, vae_weights, text_weights, tokenizer: replace single parts of it.
+    precision: quantises the transformer while it is loaded: 'w4a16' or 'w4a4'; ''
+      leaves it as its checkpoint is, plain or quantised.
+    precision_rule: of `nvfp4.RULES`, for `precision`.
+  """
+
+  size: str = "toy"
+  vae: str = "toy"
+  text: str = "toy"
+  weights: str = ""
+  dit_weights: str = ""
+  vae_weights: str = ""
+  text_weights: str = ""
+  tokenizer: str = ""
+  precision: str = ""
+  precision_rule: str = "mse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,30 +57,98 @@ class Source:
     kind: 'dit', 'vae' or 'umt5'.
     config: its sizes.
     path: checkpoint folder, or None for random weights.
+    precision, rule: how to quantise it on loading; '' not at all.
   """
 
   kind: str
   config: Any
   path: Path | None
+  precision: str = ""
+  rule: str = "mse"
 
 
-def find(kind: str, size: str, weights: str | Path) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """The networks of a run before they are built.
+
+  Attributes:
+    tokenizer: None where the text encoder has random weights.
+  """
+
+  dit: Source
+  vae: Source
+  text: Source
+  tokenizer: Tokenizer | None
+
+
+def pick(kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """The entries of `settings` that are fields of the dataclass `kind`."""
+  names = [field.name for field in dataclasses.fields(kind)]
+  return {name: settings[name] for name in names if name in settings}
+
+
+def find_all(choice: Choice) -> Sources:
+  """Finds the networks of a run; reads only their records.
+
+  Raises:
+    ValueError: as `find`, or they do not fit each other.
+  """
+  parts = (choice.dit_weights, choice.vae_weights, choice.text_weights)
+  needs_folder = not all(parts) or not choice.tokenizer
+  folder = folder_of(choice.weights, choice.size) if needs_folder else None
+
+  def weights(chosen: str, part: str) -> str | Path:
+    return chosen or (folder / part if folder else "random")
+
+  dit = find(
+    "dit",
+    choice.size,
+    weights(choice.dit_weights, "dit"),
+    precision=choice.precision,
+    rule=choice.precision_rule,
+  )
+  vae = find("vae", choice.vae, weights(choice.vae_weights, "vae"))
+  text = find("umt5", choice.text, weights(choice.text_weights, "text"))
+  check_together(dit, vae, text)
+  tokenizer = None
+  if text.path is not None:
+    path = choice.tokenizer or (folder or text.path.parent) / "tokenizer.json"
+    tokenizer = Tokenizer(path, text.config.text_len)
+  return Sources(dit, vae, text, tokenizer)
+
+
+def find(
+  kind: str,
+  size: str,
+  weights: str | Path,
+  *,
+  precision: str = "",
+  rule: str = "mse",
+) -> Source:
   """Finds a network's weights; reads only their record.
 
   Args:
     kind: 'dit', 'vae' or 'umt5'.
     size: a name in the kind's table of sizes.
     weights: checkpoint folder, or 'random'.
+    precision: '', 'w4a16' or 'w4a4': quantises on loading, by `rule`.
 
   Raises:
-    ValueError: unknown size; a folder that is missing, damaged, or holds something
-      else.
+    ValueError: unknown size, precision or rule; a folder that is missing, damaged, or
+      holds something else; a precision for weights that are quantised already.
   """
   sizes = store.NETWORKS[kind][2]
   if size not in sizes:
     raise ValueError(f"{kind} size={size!r} is unknown; use one of {sorted(sizes)}")
+  if precision:
+    if precision not in quant_weights.MODES:
+      raise ValueError(
+        f"precision={precision!r} is unknown; use {', '.join(quant_weights.MODES)}"
+      )
+    quant_weights.check_mode(precision)
+    nvfp4.rule_of(rule)
   if weights == "random":
-    return Source(kind, sizes[size], None)
+    return Source(kind, sizes[size], None, precision, rule)
   path = Path(weights).expanduser()
   try:
     record = store.load_metadata(path)
@@ -66,7 +164,13 @@ def find(kind: str, size: str, weights: str | Path) -> Source:
       f"dit weights={path} are of size {record.get('size')!r}, but size={size!r}; give "
       "matching --config.size and --config.dit_weights"
     )
-  return Source(kind, config, path)
+  if precision and store.is_packed(record) and quantised.packed_rule(record) != rule:
+    raise ValueError(
+      f"{kind} weights={path} are quantised already by rule="
+      f"{quantised.packed_rule(record)!r} and cannot be again by {rule!r}; leave "
+      "precision out, or give the weights they were made from"
+    )
+  return Source(kind, config, path, precision, rule)
 
 
 def folder_of(weights: str, size: str) -> Path | None:
@@ -114,13 +218,37 @@ def check_together(dit: Source, vae: Source, text: Source) -> None:
 
 
 def load(source: Source, dtype: str) -> Any:
-  """The network with its weights, on the default device."""
-  if source.path is not None:
-    return store.load_network(source.path, source.kind, dtype)
-  module = store.NETWORKS[source.kind][0]
-  # rbg: threefry compiles for seconds on a CPU, and again for every shape.
-  rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
-  return module(source.config, dtype=jnp.dtype(dtype), rngs=rngs)
+  """The network with its weights, on the default device.
+
+  A quantised checkpoint is loaded as it is; a precision then says what its weights are
+  multiplied with.
+  """
+  kind, path, precision, rule = source.kind, source.path, source.precision, source.rule
+  if path is None:
+    return _random(source, jnp.dtype(dtype))
+  if store.is_packed(store.load_metadata(path)):
+    return quantised.load_network(path, kind, dtype, mode=precision)
+  if precision:
+    return quantised.quantise_network(path, kind, dtype, mode=precision, rule=rule)
+  return store.load_network(path, kind, dtype)
+
+
+def _random(source: Source, dtype: jnp.dtype) -> Any:
+  def build() -> Any:
+    # rbg: threefry compiles for seconds on a CPU, and again for every shape.
+    rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
+    return store.NETWORKS[source.kind][0](source.config, dtype=dtype, rngs=rngs)
+
+  if not source.precision:
+    return build()
+  quantise = functools.partial(
+    quant_weights.quantise_weights,
+    mode=source.precision,
+    rule=source.rule,
+    activation_rule=source.rule,
+  )
+  # One program: no parameter stays in floating point longer than it must.
+  return jax.jit(lambda: quantise(build()))()
 
 
 def random_embeddings(prompts: Sequence[str], source: Source) -> np.ndarray:

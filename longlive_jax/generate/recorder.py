@@ -1,11 +1,8 @@
-"""Writes a stream to MP4 files while it runs; survives Ctrl-C and a full disk."""
+"""Writes a stream to MP4 files while it runs; survives a full disk."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -91,31 +88,3 @@ def _playable(path: Path) -> int:
     return imageio_ffmpeg.count_frames_and_secs(str(path))[0]
   except (OSError, RuntimeError):  # not even a header arrived
     return 0
-
-
-class StopRequest:
-  """Set by the first Ctrl-C (or SIGTERM): finish the chunk, then stop."""
-
-  def __init__(self):
-    self.reason = ""
-
-  def __call__(self) -> bool:
-    return bool(self.reason)
-
-  @contextlib.contextmanager
-  def on_signals(self) -> Iterator[None]:
-    """Inside the block signals set the request; a second one interrupts at once."""
-
-    def handle(number, frame):
-      if self.reason:
-        raise KeyboardInterrupt
-      self.reason = signal.Signals(number).name
-      print("\nstopping after this chunk; once more stops at once", file=sys.stderr)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
-    try:
-      yield
-    finally:
-      for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)

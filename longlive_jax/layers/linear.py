@@ -1,24 +1,21 @@
 """Linear layers. The weight is whatever type holds numbers: `matmul` dispatches."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longlive_jax.quant import nvfp4, training, weights
 
-@functools.singledispatch
-def _matmul(weight: jax.Array, x: jax.Array) -> jax.Array:
-  return jax.lax.dot_general(
-    x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype
-  )
+Array = jax.Array
 
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """`x @ weight.T`, for any weight type that is registered here.
+def matmul(x: Array, weight: Any) -> Array:
+  """`x @ weight.T`, for any type of weight that `matmul_rule` knows.
 
-  Quantised formats register their own rule with `matmul.register(TheirType)`, a
-  function `(weight, x) -> y`; networks never ask which one it is.
+  Networks never ask which one it is.
 
   Args:
     x: (..., in).
@@ -27,10 +24,35 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
   Returns:
     (..., out) in the dtype of x.
   """
-  return _matmul(weight, x)
+  return matmul_rule(weight, x)
 
 
-matmul.register = _matmul.register
+@functools.singledispatch
+def matmul_rule(weight: Any, x: Array) -> Array:
+  """The product by type of weight; this one for arrays.
+
+  Another type is added with `@matmul_rule.register`, a function `(weight, x) -> y`.
+  """
+  return jax.lax.dot_general(
+    x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=x.dtype
+  )
+
+
+@matmul_rule.register
+def _w4a16(weight: nvfp4.NVFP4Array, x: Array) -> Array:
+  # At the thousands of rows of a chunk, dequantising is a small part of the product.
+  # A kernel that reads packed weights pays for few rows: this is where to choose it.
+  return matmul_rule(nvfp4.dequantise(weight, x.dtype), x)
+
+
+@matmul_rule.register
+def _w4a4(weight: weights.W4A4, x: Array) -> Array:
+  return weights.quantised_product(x, weight)
+
+
+@matmul_rule.register
+def _training(weight: training.TrainingWeight, x: Array) -> Array:
+  return training.training_product(x, weight.weight, weight.key, weight.settings)
 
 
 class Linear(nnx.Module):
@@ -47,9 +69,16 @@ class Linear(nnx.Module):
     rngs: nnx.Rngs,
   ):
     init = nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform()
-    self.weight = nnx.Param(init(rngs.params(), (d_out, d_in), dtype))
+    self.weight = weights.Matrix(init(rngs.params(), (d_out, d_in), dtype))
     self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: Array) -> Array:
     y = matmul(x, self.weight.get_value())
-    return y if self.bias is None else y + self.bias[...]
+    return y if self.bias is None else add_bias(y, self.bias[...])
+
+
+def add_bias(y: Array, bias: Array) -> Array:
+  """y (..., out) + bias (out,), in the dtype of y."""
+  # The sum is that of y's dtype. But the gradient of the bias, a sum over all tokens,
+  # is float32 this way: added up in bfloat16, it is 1% off after 128 tokens.
+  return (y + bias.astype(jnp.float32)).astype(y.dtype)

@@ -17,6 +17,7 @@ from flax import nnx
 
 from longlive_jax.layers.linear import Linear
 from longlive_jax.layers.norm import RMSNorm
+from longlive_jax.quant.weights import Matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class SelfAttention(nnx.Module):
     # Logits are not divided by sqrt(d): the initial query is small instead, else the
     # first softmax is one-hot and training does not start.
     std = (dim * inner / config.heads) ** -0.5
-    self.q.weight = nnx.Param(_normal(rngs, (inner, dim), std, dtype))
+    self.q.weight = Matrix(_normal(rngs, (inner, dim), std, dtype))
     self.k = Linear(dim, inner, bias=False, dtype=dtype, rngs=rngs)
     self.v = Linear(dim, inner, bias=False, dtype=dtype, rngs=rngs)
     self.o = Linear(inner, dim, bias=False, dtype=dtype, rngs=rngs)

@@ -318,8 +318,12 @@ def _exactly(x: Array) -> Array:
 
 
 def _hidden(value: float, like: Array) -> Array:
-  """A constant that XLA's simplifier cannot see, so that a division stays one."""
-  return lax.optimization_barrier(jnp.full(like.shape, value, jnp.float32))
+  """A constant that XLA's simplifier cannot see, so that a division stays one.
+
+  Made of `like` (finite), not of its shape: under vmap it would stay a scalar, by whose
+  reciprocal XLA multiplies.
+  """
+  return lax.optimization_barrier(value + 0 * like)
 
 
 # ------------------------------------------------------------------ tiles

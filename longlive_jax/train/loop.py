@@ -1,11 +1,8 @@
-"""What any training script needs around its step: signals, metrics, checkpoints."""
+"""What any training script needs around its step: metrics and checkpoints."""
 
-import contextlib
 import json
 import shutil
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +10,6 @@ import jax
 import numpy as np
 
 from longlive_jax.checkpoint import store
-
-
-class StopFlag:
-  """Whether someone asked to stop."""
-
-  def __init__(self):
-    self.name = ""
-
-  def __bool__(self) -> bool:
-    return bool(self.name)
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopFlag]:
-  """Ctrl-C and SIGTERM set the flag; a second Ctrl-C interrupts as usual.
-
-  The loop looks at the flag between steps, so that what it saves is a whole state.
-  """
-  flag = StopFlag()
-  earlier = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-  def stop(number, frame):
-    flag.name = signal.Signals(number).name
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  for number in earlier:
-    signal.signal(number, stop)
-  try:
-    yield flag
-  finally:
-    for number, handler in earlier.items():
-      signal.signal(number, handler)
 
 
 class MetricsLog:

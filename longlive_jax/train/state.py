@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from longlive_jax.quant.nvfp4 import NVFP4Array
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,14 @@ def update(
 
 
 def cast(tree: Any, dtype: jnp.dtype) -> Any:
-  """Floating-point leaves in another dtype; the gradient comes back in the first."""
-  return jax.tree.map(
-    lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
-  )
+  """Floating-point leaves in another dtype; the gradient comes back in the first.
+
+  A quantised array stays as it is: its float leaves are scales in a format of its own.
+  """
+
+  def convert(leaf: Any) -> Any:
+    if isinstance(leaf, NVFP4Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
+    return leaf.astype(dtype)
+
+  return jax.tree.map(convert, tree, is_leaf=lambda a: isinstance(a, NVFP4Array))

@@ -4,10 +4,13 @@ A runner takes a Case and returns a Result. Kinds without a runner are for later
 tool says so.
 """
 
+import functools
+
 from parity_runners import (
   adapters,
   generation,
   losses,
+  quantised,
   schedules,
   texts,
   transformer,
@@ -32,6 +35,12 @@ RUNNERS = (
   ("dit_inference/*", generation.calls, True),
   ("pipeline/*", generation.pipeline, True),
   ("nvfp4/kv_quant_pipeline*", generation.quantised_pipeline, False),
+  ("nvfp4/quantize_1d*", functools.partial(quantised.matrices, tiles=False), False),
+  ("nvfp4/quantize_2d*", functools.partial(quantised.matrices, tiles=True), False),
+  ("nvfp4/hadamard_transpose*", quantised.rotated, False),
+  ("nvfp4/kv_cache_roundtrip*", quantised.cache_blocks, False),
+  ("nvfp4/w4a4_linear*", quantised.linear, False),
+  ("nvfp4/linear_training*", quantised.training, False),
   ("lora/merge*", adapters.merge, False),
   ("lora/key_map*", adapters.key_map, False),
 )

@@ -4,11 +4,20 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.checkpoint import lora, store, torch_files, torch_names
+from longlive_jax.checkpoint import (
+  four_over_six,
+  lora,
+  quantised,
+  store,
+  torch_files,
+  torch_names,
+)
 from longlive_jax.models import dit
-from parity_runners.common import Case, Result, channels_last
+from longlive_jax.quant import nvfp4, weights
+from parity_runners.common import Arrays, Case, Result, channels_last
 
 
 def merge(case: Case) -> Result:
@@ -57,7 +66,7 @@ def _adapted_modules(adapter: lora.Lora, config: dit.WanConfig) -> set[str]:
 
 
 def key_map(case: Case) -> Result:
-  """Names, shapes and containers. The NVFP4 buffers come with NVFP4."""
+  """Names, shapes and containers, and one layer as FourOverSix stores it."""
   listing = case.json("key_map.json")
   shapes = {
     key: {name: tuple(entry["shape"]) for name, entry in listing[key].items()}
@@ -76,11 +85,49 @@ def key_map(case: Case) -> Result:
   }
   checks |= _containers(shapes["transformer"])
   checks |= _lora_container(configs["transformer"], listing["lora_checkpoint"])
-  return Result(
-    checks=checks,
-    informative=frozenset(case.outputs),
-    note="compared: names and containers; the NVFP4 buffers have no runner yet",
-  )
+  if packed := listing.get("nvfp4_checkpoint"):
+    checks |= _quantised_names(configs["transformer"], packed)
+  values = _quantised_layer(case)
+  # The software quantiser leaves a 0-d amax where the format has shape (1,).
+  expected = {n: a.reshape(1) for n, a in case.outputs.items() if n.endswith("_amax")}
+  return Result(values, expected, checks)
+
+
+def _quantised_names(
+  config: dit.WanConfig, listing: dict[str, Any]
+) -> dict[str, bool]:
+  """Every tensor of an export at full size, by name, shape and dtype."""
+  network = store.abstract_network("dit", config, jnp.bfloat16)
+  tree = jax.eval_shape(weights.quantise_weights, network)
+  specs = four_over_six.tensor_specs(config, quantised.stored_leaves(tree))
+  found = {n: (shape, np.dtype(dtype).name) for n, (shape, dtype) in specs.items()}
+  wanted = {
+    name: (tuple(entry["shape"]), entry["dtype"])
+    for name, entry in listing["transformer_quantized_state_dict"].items()
+  }
+  end = f".{four_over_six.PREFIX}values"
+  modules = {name.removesuffix(end) for name in found if name.endswith(end)}
+  return {
+    f"NVFP4: {len(wanted)} tensors": found == wanted,
+    "NVFP4: quantised modules": modules == set(listing["quantized_modules"]),
+  }
+
+
+def _quantised_layer(case: Case) -> Arrays:
+  """The stored tensors of the layers among the outputs, from the shared weights."""
+  found = {}
+  plain, rule = case.weights(), case.record.get("rule", "mse")
+  for name in case.outputs:
+    module, _, end = name.rpartition(".")
+    if end == "bias":
+      found[name] = plain[name].astype(jnp.bfloat16)
+      continue
+    weight = jnp.asarray(plain[f"{module}.weight"]).astype(jnp.bfloat16)
+    packed = nvfp4.quantise(weight, rule=rule, reference=True)
+    buffer = four_over_six.to_buffers(packed)[end.removeprefix(four_over_six.PREFIX)]
+    raw = case.outputs[name].dtype == np.uint8  # how the case stores 8-bit floats
+    found[name] = buffer.view(np.uint8) if raw else buffer
+  return found
 
 
 def _is_listing(entry: dict[str, Any]) -> bool:

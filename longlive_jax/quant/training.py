@@ -1,0 +1,162 @@
+"""Linear layers trained in NVFP4: three quantised products (SPEC 9).
+
+  y           = Q(x)  Q(W)^T          blocks along `in`
+  grad_input  = Q(gy) Q(W^T)^T        blocks along `out`
+  grad_weight = Q(gy^T R) Q(x^T R)^T  blocks along tokens, R the Hadamard rotation
+
+Master weights stay in floating point. The gradient takes every rounding for the
+identity, and gradients are rounded stochastically, so that small ones do not vanish.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.quant import nvfp4, weights
+from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
+from longlive_jax.quant.product import product
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+  """How operands are quantised. Hashable: static under jit.
+
+  Attributes:
+    activation, weight, gradient: rules of nvfp4.RULES for x, W and gy.
+    stochastic: gy is rounded stochastically, otherwise to nearest.
+    tiles: one scale for 16 x 16 weights, so that the transposed weight of the backward
+      pass has the numbers of the forward pass.
+    hadamard: rotate both operands of grad_weight, which spreads outliers.
+  """
+
+  activation: str = "mse"
+  weight: str = "mse"
+  gradient: str = "mse"
+  stochastic: bool = True
+  tiles: bool = True
+  hadamard: bool = True
+
+  def __post_init__(self):
+    for name in (self.activation, self.weight, self.gradient):
+      nvfp4.rule_of(name)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainingWeight:
+  """A float weight whose products are quantised.
+
+  Attributes:
+    weight: (..., out, in).
+    key: typed key, the leading axes of the weight: of stochastic rounding.
+    settings: static.
+  """
+
+  weight: Array
+  key: Array
+  settings: TrainingSettings = dataclasses.field(metadata={"static": True})
+
+
+def prepare_training(
+  model: Any,
+  patterns: Sequence[str],
+  settings: TrainingSettings,
+  key: Array,
+) -> Any:
+  """The network with quantised products; call it inside the loss function.
+
+  There, parameters are plain arrays outside and gradients are theirs.
+
+  Args:
+    model: a network with float weights.
+    patterns: of layers' paths, see `weights.quantise_weights`.
+    key: of this step; layers get keys of their own by path and number.
+
+  Raises:
+    ValueError: as `weights.map_matrices`; outputs that are no multiple of 16.
+  """
+
+  def convert(path: str, weight: Array) -> TrainingWeight:
+    if weight.shape[-2] % BLOCK:
+      raise ValueError(
+        f"{path} has {weight.shape[-2]} outputs, which must be a multiple of {BLOCK}: "
+        "its backward pass has blocks along them; choose patterns that leave it out"
+      )
+    # By name, not by number: leaving a layer out must not change the others.
+    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    keys = jax.random.split(own, weight.shape[:-2])
+    return TrainingWeight(weight, keys, settings)
+
+  return weights.map_matrices(model, patterns, convert)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def training_product(
+  x: Array, weight: Array, key: Array, settings: TrainingSettings
+) -> Array:
+  """`x @ weight.T`, quantised forward and backward.
+
+  Args:
+    x: (..., in), in a multiple of 16.
+    weight: (out, in) float, out a multiple of 16.
+    key: scalar key, for the backward pass.
+
+  Returns:
+    (..., out) in the dtype of x.
+  """
+  return _forward(x, weight, key, settings)[0]
+
+
+def _forward(
+  x: Array, weight: Array, key: Array, settings: TrainingSettings
+) -> tuple[Array, tuple[NVFP4Array, Array, Array]]:
+  rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+  packed = nvfp4.quantise(rows, rule=settings.activation)
+  y = product(packed, _quantise_weight(weight, settings)).astype(x.dtype)
+  # Kept for the backward pass: 4.5 bits of an activation instead of all.
+  return y.reshape(*x.shape[:-1], -1), (packed, weight, key)
+
+
+def _backward(
+  settings: TrainingSettings,
+  kept: tuple[NVFP4Array, Array, Array],
+  gradient: Array,
+) -> tuple[Array, Array, None]:
+  packed, weight, key = kept
+  input_key, weight_key = jax.random.split(key) if settings.stochastic else (None, None)
+  rows = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
+  grad_input = product(
+    nvfp4.quantise(rows, rule=settings.gradient, key=input_key),
+    _quantise_weight(weight.T, settings),
+  )
+  x = nvfp4.dequantise(packed, gradient.dtype)
+  grad_weight = product(
+    _quantise_tokens(rows, settings.gradient, weight_key, settings.hadamard),
+    _quantise_tokens(x, settings.activation, None, settings.hadamard),
+  )
+  grad_input = grad_input.astype(gradient.dtype).reshape(*gradient.shape[:-1], -1)
+  return grad_input, grad_weight.astype(weight.dtype), None
+
+
+training_product.defvjp(_forward, _backward)
+
+
+def _quantise_weight(weight: Array, settings: TrainingSettings) -> NVFP4Array:
+  return nvfp4.quantise(weight, rule=settings.weight, tiles=settings.tiles)
+
+
+def _quantise_tokens(
+  rows: Array, rule: str, key: Array | None, hadamard: bool
+) -> NVFP4Array:
+  """(tokens, c) -> (c, tokens), blocks along tokens, which are padded with zeros."""
+  columns = jnp.pad(rows.T, ((0, 0), (0, -len(rows) % BLOCK)))
+  if hadamard:
+    columns = nvfp4.hadamard(columns)
+  return nvfp4.quantise(columns, rule=rule, key=key)

@@ -1,0 +1,218 @@
+"""Weights in 4 bits for inference, and how a network's weights become such.
+
+A weight is a pytree that stands where the array (out, in) stood. Networks do not know:
+`layers.linear.matmul` has a rule for every type. Stacked blocks have stacked weights
+(l, out, in), every layer with a tensor scale of its own, so a scan over layers hands
+out single ones.
+
+  type         activations                          product
+  NVFP4Array   as they are                          in their dtype, of dequantised
+  W4A4         quantised too, along `in`            in 4 bits, simulated or native
+"""
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import lax
+
+from longlive_jax.quant import nvfp4
+from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
+from longlive_jax.quant.product import product
+
+Array = jax.Array
+
+MODES = ("w4a16", "w4a4", "w4a4_native")
+# SPEC 9: all linear layers inside blocks. Embeddings, time and head stay.
+BLOCK_LINEARS = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
+
+
+class Matrix(nnx.Param):
+  """The weight of a linear layer: the kind of parameter that may be quantised."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class W4A4:
+  """A quantised weight whose activations are quantised, too.
+
+  Attributes:
+    weight: (..., out, in).
+    rule: static, of nvfp4.RULES, for activations.
+    per_sample: static. One tensor scale for each index of the first axis of the
+      activations, so that no video of a batch changes another. False: one for all, as
+      the reference has it.
+    native: static. The product may use the FP4 instructions of a Blackwell GPU; the
+      numbers are those of the simulation but for the order of float32 sums.
+  """
+
+  weight: NVFP4Array
+  rule: str = dataclasses.field(metadata={"static": True})
+  per_sample: bool = dataclasses.field(default=True, metadata={"static": True})
+  native: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def quantise_weights(
+  model: Any,
+  patterns: Sequence[str] = BLOCK_LINEARS,
+  *,
+  mode: str = "w4a16",
+  rule: str = "mse",
+  activation_rule: str = "mse",
+  tiles: bool = False,
+) -> Any:
+  """The network with the weights of some linear layers in NVFP4.
+
+  Works on abstract trees, too: `jax.eval_shape(quantise_weights, abstract)`.
+
+  Args:
+    model: a network, or any pytree of networks.
+    patterns: of layers' paths, such as "blocks/self_attn/q", by fnmatch, where * also
+      matches a slash.
+    mode: 'w4a16', 'w4a4' or 'w4a4_native'; see the table above.
+    rule, activation_rule: of nvfp4.RULES.
+    tiles: one scale for 16 x 16 weights instead of 1 x 16, as training may have it.
+
+  Raises:
+    ValueError: unknown mode or rule; a pattern that matches no linear layer; a layer
+      that is quantised or has a LoRA already, or whose inputs are no multiple of 16;
+      native arithmetic on a device without it.
+  """
+  check_mode(mode)
+  for name in (rule, activation_rule):
+    nvfp4.rule_of(name)
+
+  def convert(path: str, weight: Array) -> NVFP4Array | W4A4:
+    packed = _quantise_each(weight, rule, tiles)
+    if mode == "w4a16":
+      return packed
+    return W4A4(packed, activation_rule, native=mode == "w4a4_native")
+
+  return map_matrices(model, patterns, convert)
+
+
+def check_mode(mode: str) -> None:
+  """Raises ValueError for a mode that is unknown or that this machine cannot run."""
+  if mode not in MODES:
+    raise ValueError(f"mode={mode!r} is unknown; use {', '.join(MODES)}")
+  if mode == "w4a4_native" and not _has_fp4(jax.devices()[0]):
+    raise ValueError(
+      f"mode={mode!r} needs an NVIDIA GPU of compute capability 10 or more "
+      f"(Blackwell), not {jax.devices()[0].device_kind}; use 'w4a4', which gives the "
+      "same numbers, or 'w4a16', which is the faster on other devices"
+    )
+
+
+def _has_fp4(device: jax.Device) -> bool:
+  capability = str(getattr(device, "compute_capability", ""))
+  major = capability.partition(".")[0]  # "10.0"; AMD has names such as "gfx942"
+  return device.platform == "gpu" and major.isdigit() and int(major) >= 10
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantise_each(weight: Array, rule: str, tiles: bool) -> NVFP4Array:
+  """(..., out, in), each matrix on its own."""
+  if weight.ndim == 2:
+    return nvfp4.quantise(weight, rule=rule, tiles=tiles)
+  # One after the other: the float32 intermediates of all layers at once are several
+  # times the network.
+  return lax.map(lambda layer: _quantise_each(layer, rule, tiles), weight)
+
+
+def map_matrices(
+  model: Any, patterns: Sequence[str], convert: Callable[[str, Array], Any]
+) -> Any:
+  """Replaces the weights of linear layers whose path fits one of the patterns.
+
+  Args:
+    convert: (path, weight (..., out, in)) -> what takes its place.
+
+  Raises:
+    ValueError: a pattern that matches nothing, a weight that is no plain array, or one
+      whose inputs are no multiple of 16.
+  """
+  names: set[str] = set()
+
+  def visit(path: tuple[Any, ...], node: Any) -> Any:
+    if not isinstance(node, Matrix):
+      return node
+    name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+    names.add(name)
+    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+      return node
+    weight = node.get_value()
+    _check_plain(name, weight)
+    return node.replace(convert(name, weight))
+
+  mapped = jax.tree_util.tree_map_with_path(
+    visit, model, is_leaf=lambda node: isinstance(node, Matrix)
+  )
+  unused = [p for p in patterns if not fnmatch.filter(names, p)]
+  if unused or not patterns:
+    raise ValueError(
+      f"patterns={list(patterns)}: {unused or 'an empty list'} matches no linear "
+      f"layer; there are {', '.join(sorted(names)) or 'none'}"
+    )
+  return mapped
+
+
+def _check_plain(name: str, weight: Any) -> None:
+  if isinstance(weight, NVFP4Array | W4A4):
+    raise ValueError(f"{name} is quantised already; start from float weights")
+  if not isinstance(weight, Array):
+    raise ValueError(
+      f"{name} holds a {type(weight).__name__}, no plain array; merge a LoRA into the "
+      "weights before they are quantised"
+    )
+  if weight.shape[-1] % BLOCK:
+    raise ValueError(
+      f"{name} has {weight.shape[-1]} inputs, which must be a multiple of {BLOCK}; "
+      "choose patterns that leave it out"
+    )
+
+
+def weight_bytes(model: Any) -> dict[str, int]:
+  """Bytes of a network by precision, largest first: {"nvfp4": ..., "bfloat16": ...}.
+
+  Scales count as part of the numbers they belong to. The tree may be abstract.
+  """
+  found: dict[str, int] = {}
+  for leaf in jax.tree.leaves(model, is_leaf=lambda n: isinstance(n, NVFP4Array)):
+    packed = isinstance(leaf, NVFP4Array)
+    name = "nvfp4" if packed else leaf.dtype.name
+    size = leaf.nbytes if packed else leaf.size * leaf.dtype.itemsize
+    found[name] = found.get(name, 0) + size
+  return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+@jax.custom_vjp
+def quantised_product(x: Array, weight: W4A4) -> Array:
+  """`x @ weight.T` of x quantised along its last axis; in the dtype of x.
+
+  The gradient of x takes the rounding of x for the identity; the weight gets none.
+
+  Args:
+    x: (..., in).
+    weight: (out, in).
+
+  Returns:
+    (..., out).
+  """
+  batch_axes = int(weight.per_sample and x.ndim > 1)
+  packed = nvfp4.quantise(x, rule=weight.rule, batch_axes=batch_axes)
+  return product(packed, weight.weight).astype(x.dtype)
+
+
+def _forward(x: Array, weight: W4A4) -> tuple[Array, W4A4]:
+  return quantised_product(x, weight), weight
+
+
+def _backward(weight: W4A4, gradient: Array) -> tuple[Array, None]:
+  return gradient @ nvfp4.dequantise(weight.weight, gradient.dtype), None
+
+
+quantised_product.defvjp(_forward, _backward)

@@ -1,0 +1,90 @@
+"""The study of number formats: its own types, what it scores, and its variants."""
+
+import dataclasses
+
+import eval_precision as study
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.data import detectors, toy_world
+from longlive_jax.layers import kv_slots, linear
+from longlive_jax.quant import nvfp4
+
+
+def test_routed_tokens_get_the_plain_product_and_only_they():
+  rng = np.random.default_rng(0)
+  plain = jnp.asarray(rng.normal(size=(6, 32)), jnp.float32)
+  packed = nvfp4.quantise(plain)
+  tokens = jnp.array([[1, 4], [0, 7]])
+  x = jnp.asarray(rng.normal(size=(2, 2, 4, 32)), jnp.float32)  # b f p in
+  found = linear.matmul(x, study.RoutedWeight(plain, packed, tokens))
+  assert found.shape == (2, 2, 4, 6)
+  found = found.reshape(2, 8, 6)
+  exact = linear.matmul(x, plain).reshape(2, 8, 6)
+  coarse = linear.matmul(x, packed).reshape(2, 8, 6)
+  for b in range(2):
+    for s in range(8):
+      want = exact if s in tokens[b].tolist() else coarse
+      np.testing.assert_allclose(found[b, s], want[b, s], atol=1e-5)
+  assert np.abs(exact - coarse).min(axis=-1).max() > 1e-3
+
+
+def test_busy_tokens_are_where_something_changes():
+  latents = jnp.zeros((1, 2, 4, 4, 3)).at[0, 1, 2, 3].set(5.0)  # f y x
+  tokens = study.busy_tokens(latents, 1 / 8, branches=2)
+  assert tokens.tolist() == [[7], [7]]  # frame 1, row 1, column 1 of 2 x 2 tokens
+
+
+def test_aged_slots_read_the_newest_chunks_plainly():
+  shape = (1, 2, 6, 3, 1, 16)  # l b slots p n d
+  packed = kv_slots.zeros(
+    kv_slots.KVFormat("nvfp4"), shape, jnp.float32, keys=True
+  )
+  slots = study.AgedSlots(
+    jnp.zeros(shape), packed, jnp.zeros(shape[:3], jnp.int32), newest=1
+  )
+  slots = jax.tree.map(lambda leaf: leaf[0], slots)
+  rng = np.random.default_rng(0)
+  chunks = [jnp.asarray(rng.normal(size=(2, 2, 3, 1, 16)), jnp.float32) for _ in "abc"]
+  for i, chunk in enumerate(chunks):
+    where = slice(2 * i, 2 * i + 2)
+    slots = jax.tree.map(
+      lambda leaf, new, where=where: leaf.at[:, where].set(new),
+      slots,
+      kv_slots.encode(slots, chunk),
+    )
+  found = kv_slots.read(slots, jnp.float32)
+  np.testing.assert_array_equal(found[:, 4:], chunks[2])
+  coarse = kv_slots.read(slots.packed, jnp.float32)
+  np.testing.assert_array_equal(found[:, :4], coarse[:, :4])
+  assert np.abs(coarse[:, 4:] - chunks[2]).max() > 1e-3
+
+
+def test_scores_of_the_baseline_against_itself_and_a_still():
+  scenes = [toy_world.heldout_scene(i, (1, 1)) for i in range(2)]
+  found = []
+  for scene in scenes:
+    frames = np.split(toy_world.render(scene), [29])
+    found.append([detectors.detect(shot) for shot in frames])
+  latents = np.random.default_rng(0).normal(size=(2, 2, 4))  # chunks, videos, rest
+  baseline = study.Outcome(latents, found)
+  row = study.scores(scenes, baseline, baseline)
+  assert row["motion amount"] == 1 and row["error, all"] == row["error, first"] == 0
+  assert all(row[name] == 1 for name in ("shape", "colour", "motion", "subject kept"))
+  still = [
+    [dataclasses.replace(d, path=0 * d.path + 3) for d in shots] for shots in found
+  ]
+  later = latents.copy()
+  later[1] *= 2
+  row = study.scores(scenes, study.Outcome(later, still), baseline)
+  assert row["motion amount"] == 0 and row["error, first"] == 0 < row["error, all"]
+  assert "| plain | 100.0% |" in study.table({"plain": {"shape": 1.0, "error": 0.1}})
+
+
+def test_variants_are_chosen_by_name_and_compared_with_the_baseline():
+  assert study.chosen_variants(["kv mse"]) == ["plain", "kv mse"]
+  assert len(study.chosen_variants(["*"])) == len(study.VARIANTS)
+  with pytest.raises(ValueError, match=r"only=.*'fp5'.* fits none of plain, w4a16"):
+    study.chosen_variants(["fp5"])

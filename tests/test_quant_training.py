@@ -1,0 +1,265 @@
+"""Training with quantised products: the three products, noise, keys, the script."""
+
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_weights import fill, normal, random_dit
+
+from longlive_jax.checkpoint import store
+from longlive_jax.layers import linear
+from longlive_jax.quant import nvfp4, training, weights
+from longlive_jax.quant.training import TrainingSettings, TrainingWeight
+from longlive_jax.train import flow
+
+ROOT = Path(__file__).parents[1]
+NEAREST = TrainingSettings(stochastic=False)
+STATIC = TrainingSettings("static_6", "static_6", "static_6")  # the soonest compiled
+
+
+def load_script(path: Path):
+  spec = importlib.util.spec_from_file_location(path.stem + "_script", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+script = load_script(ROOT / "launch" / "train.py")
+get_config = load_script(ROOT / "configs" / "train.py").get_config
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def products(x, weight, outer, key, settings):
+  """y, gradient of x, gradient of the weight."""
+  y, backward = jax.vjp(
+    lambda x, w: linear.matmul(x, TrainingWeight(w, key, settings)), x, weight
+  )
+  return y, *backward(outer)
+
+
+quantise = jax.jit(nvfp4.quantise, static_argnames=("rule", "tiles"))
+
+
+def rounded(x, **options) -> np.ndarray:
+  """Quantised and back, in float64."""
+  return np.asarray(nvfp4.dequantise(quantise(x, **options)), np.float64)
+
+
+# ------------------------------------------------------------------ the products
+@pytest.mark.parametrize(
+  ("settings", "dtype"),
+  [
+    (TrainingSettings("static_6", "abs_max", "static_4", False, True, True), "float32"),
+    (TrainingSettings("mse", "static_4", "mae", False, False, False), "bfloat16"),
+  ],
+)
+def test_all_three_products_are_of_quantised_operands(settings, dtype):
+  """21 tokens: no multiple of 16, so that some of the rotated ones are padding."""
+  x, outer = (
+    jnp.asarray(normal(3, 7, n, seed=n), dtype) for n in (32, 48)
+  )  # (b, s, in), (b, s, out)
+  weight = jnp.asarray(normal(48, 32, seed=1), dtype)
+  y, grad_x, grad_weight = products(x, weight, outer, jax.random.key(0), settings)
+
+  rows, outer_rows = x.reshape(21, 32), outer.reshape(21, 48)
+  forward = rounded(rows, rule=settings.activation)
+  options = {"rule": settings.weight, "tiles": settings.tiles}
+  expected_y = forward @ rounded(weight, **options).T
+  gradient = rounded(outer_rows, rule=settings.gradient)
+  expected_x = gradient @ rounded(weight.T, **options).T
+
+  def along_tokens(rows, rule):
+    columns = jnp.pad(jnp.asarray(rows, dtype).T, ((0, 0), (0, 11)))
+    columns = nvfp4.hadamard(columns) if settings.hadamard else columns
+    return rounded(columns, rule=rule)
+
+  expected_weight = (
+    along_tokens(outer_rows, settings.gradient)
+    @ along_tokens(forward, settings.activation).T
+  )
+  tolerance = 1e-6 if dtype == "float32" else 2**-8
+  for found, expected, like in (
+    (y, expected_y.reshape(3, 7, 48), x),
+    (grad_x, expected_x.reshape(3, 7, 32), x),
+    (grad_weight, expected_weight, weight),
+  ):
+    assert found.dtype == like.dtype
+    found = np.asarray(found, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=2e-6 * 48)
+
+
+def test_the_products_are_near_those_of_floats():
+  x, weight, outer = normal(128, 64), normal(96, 64, seed=1), normal(128, 96, seed=2)
+  found = products(x, weight, outer, jax.random.key(0), NEAREST)
+  for product, exact in zip(
+    found, (x @ weight.T, outer @ weight, outer.T @ x), strict=True
+  ):
+    error = np.linalg.norm(product - exact) / np.linalg.norm(exact)
+    assert 0.09 < error < 0.17  # two operands, each off by about 9%
+
+
+def test_stochastic_gradients_have_the_right_mean():
+  x, weight, outer = normal(32, 32), normal(32, 32, seed=1), normal(32, 32, seed=2)
+  draw = jax.jit(jax.vmap(lambda key: products(x, weight, outer, key, STATIC)[1:]))
+  drawn = draw(jax.random.split(jax.random.key(0), 512))
+  # What the mean must come to: all operands rounded but the gradient.
+  exact_x = outer @ rounded(weight.T, rule="static_6", tiles=True).T
+  columns = nvfp4.hadamard(jnp.asarray(rounded(x, rule="static_6"), jnp.float32).T)
+  exact_weight = (
+    np.asarray(nvfp4.hadamard(outer.T)) @ rounded(columns, rule="static_6").T
+  )
+  settings = dataclasses.replace(STATIC, stochastic=False)
+  nearest = products(x, weight, outer, jax.random.key(0), settings)[1:]
+  for found, exact, one in zip(drawn, (exact_x, exact_weight), nearest, strict=True):
+    scale = np.linalg.norm(exact)
+    single = np.linalg.norm(found[0] - exact) / scale
+    mean = np.linalg.norm(np.mean(found, 0) - exact) / scale
+    assert np.linalg.norm(one - exact) / scale < single < 0.25  # the price
+    assert mean < single / 8  # noise alone would be single / 22
+    assert (found[0] != found[1]).mean() > 0.9
+
+
+def test_without_noise_the_key_does_not_matter():
+  x, weight, outer = normal(128, 64), normal(96, 64, seed=1), normal(128, 96, seed=2)
+  runs = [products(x, weight, outer, jax.random.key(i), NEAREST) for i in (0, 1)]
+  for one, two in zip(*runs, strict=True):
+    np.testing.assert_array_equal(one, two)
+
+
+# ------------------------------------------------------------------ networks
+def test_stacked_layers_scanned_and_recomputed():
+  """Gradients are those of plain float leaves, with noise of their own a layer."""
+
+  def layer(key):
+    return linear.Linear(32, 32, rngs=nnx.Rngs(key))
+
+  blocks = fill(jax.eval_shape(jax.vmap(layer), jax.random.split(jax.random.key(0), 3)))
+  x = jnp.asarray(normal(20, 32))
+
+  def plain(blocks):
+    step = lambda x, block: (jnp.tanh(block(x)), None)  # noqa: E731
+    return jnp.sum(jax.lax.scan(step, x, blocks)[0] ** 2)
+
+  def loss(blocks, key, settings):
+    network = training.prepare_training({"blocks": blocks}, ["blocks"], settings, key)
+    step = jax.checkpoint(lambda x, block: (jnp.tanh(block(x)), None))
+    return jnp.sum(jax.lax.scan(step, x, network["blocks"])[0] ** 2)
+
+  gradient = jax.jit(jax.grad(loss), static_argnums=2)
+  float_loss = jax.jit(jax.value_and_grad(plain))
+  first, exact = float_loss(blocks)
+  found, other = (gradient(blocks, jax.random.key(i), STATIC) for i in (1, 2))
+  assert jax.tree.structure(found) == jax.tree.structure(blocks)
+  for leaf, like in zip(*map(jax.tree.leaves, (found, blocks)), strict=True):
+    assert leaf.dtype == like.dtype and leaf.shape == like.shape
+  changed = found.weight.get_value() != other.weight.get_value()
+  assert changed.mean((1, 2)).min() > 0.9  # in every layer
+
+  found, exact = (tree.weight.get_value() for tree in (found, exact))
+  error = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+  assert 0.1 < error < 0.5
+  # Noise around the true gradient: so it leads down.
+  for i in range(20):
+    slope = gradient(blocks, jax.random.key(i), STATIC)
+    blocks = jax.tree.map(lambda p, g: p - 0.003 * g, blocks, slope)
+  assert float_loss(blocks)[0] < 0.2 * first
+
+
+def test_every_layer_has_a_key_of_its_own():
+  model = random_dit()
+
+  def keys(patterns):
+    prepared = training.prepare_training(
+      model, patterns, TrainingSettings(), jax.random.key(0)
+    )
+    return {
+      name: np.asarray(jax.random.key_data(leaf))
+      for name, leaf in store.named_leaves(prepared).items()
+      if name.endswith(".key")
+    }
+
+  every, some = keys(weights.BLOCK_LINEARS), keys(["blocks/ffn/fc2"])
+  assert len(every) == 10 and all(k.shape[0] == 2 for k in every.values())
+  assert len({tuple(row) for k in every.values() for row in k}) == 20
+  for name, key in some.items():
+    np.testing.assert_array_equal(key, every[name])
+
+
+def test_refusals():
+  with pytest.raises(ValueError, match="rule='best' is unknown"):
+    TrainingSettings(gradient="best")
+  layers = {"a": linear.Linear(32, 24, rngs=nnx.Rngs(0))}
+  prepare = functools.partial(
+    training.prepare_training, settings=NEAREST, key=jax.random.key(0)
+  )
+  with pytest.raises(ValueError, match="a has 24 outputs, which must be a multiple"):
+    prepare(layers, ["a"])
+  with pytest.raises(ValueError, match=r"\['b'\] matches no linear layer"):
+    prepare(layers, ["b"])
+  packed = weights.quantise_weights(layers, ["a"])
+  with pytest.raises(ValueError, match="a is quantised already"):
+    prepare(packed, ["a"])
+
+
+# ------------------------------------------------------------------ the script
+def quantised_config(**changes):
+  config = get_config("test")
+  config.quantise.mode = "nvfp4"
+  for name, value in changes.items():
+    config.quantise[name] = value
+  return config
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"mode": "fp8"}, "quantise.mode='fp8' is unknown; use '' or 'nvfp4'"),
+    ({"gradient": "best"}, "rule='best' is unknown; use static_6"),
+    ({"layers": ("blocks/*", "heads")}, r"\['heads'\] matches no linear layer"),
+    ({"layers": ("text_embedding/fc1",)}, "text_embedding/fc1 has 24 inputs"),
+  ],
+)
+def test_the_script_refuses_settings_before_anything_is_built(changes, message):
+  with pytest.raises(ValueError, match=message):
+    script.check(quantised_config(**changes))
+
+
+def test_the_script_quantises_nothing_unless_told():
+  config = get_config("toy")
+  assert script.training_settings(config) is None
+  assert tuple(config.quantise.layers) == weights.BLOCK_LINEARS
+  config.quantise.mode = "nvfp4"
+  assert script.training_settings(config) == TrainingSettings()
+
+
+@pytest.mark.parametrize("mode", ["", "nvfp4"])
+def test_the_script_trains_in_the_precision_it_is_told(mode):
+  """Traced only: compiling it takes longer than all other tests here."""
+  config = quantised_config(mode=mode)
+  config.dtype = "bfloat16"
+  dit_config, text_config = script.check(config)
+  settings = flow.FlowSettings(frames_per_chunk=2, weighting="uniform")
+  loss_fn = script.make_loss(config, dit_config, settings)
+  params = {
+    "dit": store.abstract_network("dit", dit_config),
+    "text": store.abstract_network("umt5", text_config),
+  }
+  batch = {
+    "latents": jnp.zeros((2, 8, 2, 2, 8)),
+    "mask": jnp.ones((2, 8)),
+    "ids": jnp.ones((2, 4, 8), jnp.int32),
+    "text_mask": jnp.ones((2, 4, 8), jnp.int32),
+  }
+  gradient = jax.grad(loss_fn, has_aux=True)
+  program = jax.make_jaxpr(gradient, return_shape=True)
+  jaxpr, (gradients, _) = program(params, batch, jax.random.key(0))
+  assert ("f8_e4m3fn" in str(jaxpr)) == bool(mode)
+  assert jax.tree.structure(gradients) == jax.tree.structure(params)
+  for leaf, like in zip(*map(jax.tree.leaves, (gradients, params)), strict=True):
+    assert (leaf.shape, leaf.dtype) == (like.shape, jnp.float32)
