@@ -41,6 +41,7 @@ from longlive_jax.generate import (
   recorder,
   report,
   request,
+  resuming,
   sampler,
   snapshots,
   storyboard,
@@ -63,13 +64,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 # What Orbax, tensorstore and the file system raise when a disk is full.
 DISK_ERRORS = (OSError, ValueError, RuntimeError)
-# Settings that a saved state was made with, so that a resumed run cannot have others:
-# the seed is in its noise key, the rest in the shapes and the meaning of its cache.
-SAVED_SETTINGS = (
-  "seed", "size", "vae", "dtype", "height", "width", "frames_per_chunk",
-  "window_frames", "independent_first_frame", "relative_rope", "t_scale",
-  "kv_format", "kv_smoothing",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +117,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   request.check_picture(config.height, config.width, config.fps)
   board, snapshot = find_storyboard(options)
   if snapshot is not None:
-    check_resumed(config, store.load_metadata(snapshot).get("config", {}))
+    resuming.check_resumed(config, store.load_metadata(snapshot).get("config", {}))
   sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
   choice = networks.Choice(**networks.pick(networks.Choice, config))
   sources = networks.find_all(choice)
@@ -333,24 +327,17 @@ def parse_durations(values: Sequence[str]) -> tuple[int, ...]:
     ) from error
 
 
-def check_resumed(config: ml_collections.ConfigDict, saved: Mapping[str, Any]) -> None:
-  """Raises ValueError for settings that the saved state does not allow to change.
-
-  Args:
-    saved: config of the run that is resumed; states of older versions lack some.
-  """
-  saved = {"kv_format": "", **saved}
-  changed = [n for n in SAVED_SETTINGS if n in saved and config.get(n) != saved[n]]
-  guided = config.guidance != 1.0, saved.get("guidance", config.guidance) != 1.0
-  if guided[0] != guided[1]:  # from 2 to 3 is fine; on and off is another cache
-    changed.append("guidance")
-  if changed:
-    name = changed[0]
-    raise ValueError(
-      f"{name}={config[name]!r} cannot be set with --resume: the saved state was made "
-      f"with {name}={saved[name]!r}; leave it out, or start a new video with "
-      "--continue_from"
-    )
+def overrides(flag: flags.Flag) -> dict[str, Any]:
+  """What the command line sets: options in --config FILE:SIZE,OPTION and names."""
+  given = config_flags.get_config_filename(flag)
+  path, _, argument = given.partition(":")
+  size, _, options = argument.partition(",")
+  named = config_flags.get_override_values(flag)
+  if not options:
+    return named
+  plain, asked = flag.parser.parse(f"{path}:{size}"), flag.parser.parse(given)
+  changed = {name: asked[name] for name in asked if asked[name] != plain.get(name)}
+  return {**changed, **named}
 
 
 def check_overwrites(options: Options, output: Path, snapshot: Path | None) -> None:
@@ -477,12 +464,10 @@ def main(argv: list[str]) -> None:
     values["durations"] = parse_durations(values["durations"])
     options = expand_paths(Options(**{**values, "prompt": tuple(values["prompt"])}))
     if options.resume:
-      # Settings of the saved run, but for what this command line overrides. Those that
-      # an older version did not have yet keep their defaults.
       saved = snapshots.find(options.resume, options.rewind_to)
-      overrides = config_flags.get_override_values(flags.FLAGS["config"])
-      config.update(store.load_metadata(saved)["config"])
-      config.update_from_flattened_dict(overrides)
+      made_with = store.load_metadata(saved)["config"]
+      asked = overrides(flags.FLAGS["config"])
+      config.update(resuming.resumed_settings(config, made_with, asked))
     result = run(config, options)
   except (ValueError, OSError, FloatingPointError) as error:
     sys.exit(f"error: {error}")

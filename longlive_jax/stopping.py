@@ -15,22 +15,25 @@ class StopRequest:
 
   def __init__(self):
     self.reason = ""
+    self._signalled = False
 
   def __bool__(self) -> bool:
     return bool(self.reason)
 
   @contextlib.contextmanager
   def on_signals(self, unit: str) -> Iterator[None]:
-    """Inside the block Ctrl-C and SIGTERM set the reason; another one interrupts.
+    """Inside the block Ctrl-C and SIGTERM set the reason; another Ctrl-C interrupts.
 
     Args:
       unit: what will be finished first, for the message: 'chunk', 'step'.
     """
 
     def handle(number, frame):
-      if self.reason:
+      # Only Ctrl-C insists: a supervisor may send SIGTERM twice while a state is saved.
+      if self._signalled and number == signal.SIGINT:
         raise KeyboardInterrupt
-      self.reason = signal.Signals(number).name
+      self._signalled = True
+      self.reason = self.reason or signal.Signals(number).name
       print(f"\nstopping after this {unit}; once more stops at once", file=sys.stderr)
 
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -254,7 +254,8 @@ def test_sources_that_cannot_be_converted(tmp_path):
   with pytest.raises(ValueError, match="of no known type"):
     attempt(write(tmp_path / "a.bin2", {"x": np.zeros(1)}))
   packed = {"blocks.0.self_attn.q.quantized_weight_values": np.zeros(1, np.uint8)}
-  with pytest.raises(ValueError, match="quantised to NVFP4 in 1 layers"):
+  message = r"in 1 layers; import it with tools/quantize_checkpoint.py --source FILE"
+  with pytest.raises(ValueError, match=message):
     attempt(write(tmp_path / "q.safetensors", packed))
   source.write_bytes(source.read_bytes()[:-1])
   with pytest.raises(ValueError, match="truncated"):

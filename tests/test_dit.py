@@ -369,3 +369,5 @@ def test_runs_of_layers_are_the_same_network(model):
   for starts in ([0], [2], [1, 1]):
     with pytest.raises(ValueError, match=r"starts=\(.*must ascend between 1 and 1"):
       dit.split_blocks(model, starts)
+  with pytest.raises(ValueError, match="has 2 runs already"):
+    dit.split_blocks(split, [1])

@@ -13,11 +13,13 @@ import imageio_ffmpeg
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 
 from longlive_jax.checkpoint import quantised, store
 from longlive_jax.data.video import VideoWriter
-from longlive_jax.generate import networks, report, request, stream
+from longlive_jax.generate import networks, report, request, resuming, stream
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.models.text import train_toy_tokenizer
 
@@ -150,7 +152,7 @@ def test_settings_of_a_saved_state_cannot_change(generate, config, tmp_path):
   changes = dict(
     seed=1, size="toy", vae="toy", height=64, width=32, window_frames=8,
     frames_per_chunk=1, relative_rope=False, dtype="bfloat16", kv_format="nvfp4",
-    guidance=1.0,
+    kv_smoothing="none", kv_rule="static_6", guidance=1.0,
   )  # fmt: skip
   for name, value in changes.items():
     other = config.copy_and_resolve_references()
@@ -160,10 +162,39 @@ def test_settings_of_a_saved_state_cannot_change(generate, config, tmp_path):
       generate.run(other, options)
   old = {name: config[name] for name in config if not name.startswith("kv_")}
   config.guidance = 3.0  # guided before and after
-  generate.check_resumed(config, old)
+  resuming.check_resumed(config, old)
   config.kv_format = "nvfp4"
   with pytest.raises(ValueError, match="was made with kv_format=''"):
-    generate.check_resumed(config, old)
+    resuming.check_resumed(config, old)
+
+
+def test_a_command_line_over_the_settings_of_a_saved_run(generate):
+  """Options in the argument count like settings by name, what they leave does not."""
+
+  def asked(argument: str, *named: str) -> dict:
+    values = flags.FlagValues()
+    command = ["generate", f"--config={ROOT}/configs/generate.py{argument}", *named]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    values(command)
+    return generate.overrides(values["config"])
+
+  assert asked(":ti2v-5b") == {}
+  assert asked(":ti2v-5b", "--config.steps=3") == {"steps": 3}
+  given = asked(":toy,nvfp4,kv=nvfp4,no_sinks", "--config.sink_frames=4")
+  assert given == {
+    "precision": "w4a16", "kv_format": "nvfp4", "sink_frames": 4,
+    "multi_shot_sink": False,
+  }  # fmt: skip
+  config = script("configs/generate.py").get_config("toy,nvfp4,kv=nvfp4")
+  saved = {**config.to_dict(), "kv_format": "", "precision": "", "steps": 9}
+  del saved["kv_rule"]
+  found = resuming.resumed_settings(config, saved, given)
+  assert found == {**saved, **given, "kv_rule": config.kv_rule}
+  with pytest.raises(ValueError, match="kv_format='nvfp4' cannot be set with --resume"):
+    resuming.check_resumed(found, saved)
+  saved |= {"kv_group": 16, "colour": "blue"}
+  with pytest.raises(ValueError, match=r"unknown here: \['colour', 'kv_group'\]"):
+    resuming.resumed_settings(config, saved, {})
 
 
 def test_a_tilde_is_the_home_folder(generate, config, tmp_path, monkeypatch):
@@ -194,7 +225,8 @@ def test_durations_are_numbers(generate, values):
 def test_four_bits_from_start_to_end(generate, config, weights, tmp_path, capsys):
   """Quantised while loading, or a checkpoint that is quantised: the same video."""
   config.update(precision="w4a16", kv_format="nvfp4", steps=1)
-  quantised.quantise_checkpoint(weights / "dit", tmp_path / "dit")
+  rule = config.precision_rule
+  quantised.quantise_checkpoint(weights / "dit", tmp_path / "dit", rule=rule)
 
   def go(name, **settings):
     config.update(settings)
@@ -418,7 +450,7 @@ def test_config_arguments():
   assert full.i2v and full.weights == "random" and full.sink_frames == 8
   assert get_config("toy,no_sinks").sink_frames == 0
   plain, packed = get_config("toy"), get_config("ti2v-5b,nvfp4,kv=nvfp4")
-  assert (plain.precision, plain.precision_rule, plain.kv_format) == ("", "mse", "")
+  assert (plain.precision, plain.kv_format) == ("", "")
   assert (packed.precision, packed.kv_format) == ("w4a16", "nvfp4")
   assert packed.kv_smoothing == "token_mean"
   assert get_config("toy,w4a4").precision == "w4a4"

@@ -52,6 +52,10 @@ def test_no_mode_is_no_change(model):
   [
     ({"plain_edges": 2}, "plain_edges=2 must leave some of 3 layers; use at most 1"),
     ({"plain_steps": (4,)}, r"plain_steps=\[4\] must lie within the 4 solver steps"),
+    (
+      {"plain_edges": 1, "patterns": ("*ffn/fc1",)},
+      r"patterns=\['\*ffn/fc1'\] must start with 'blocks/' for plain_edges=1",
+    ),
     ({"rule": "best"}, "rule='best' is unknown"),
     ({"patterns": ("blocks/mlp/*",)}, "matches no linear layer"),
   ],

@@ -199,7 +199,7 @@ def test_plain_as_packed_and_packed_as_plain(tmp_path, model, plain, packed):
   [
     (dict(rule="mean"), "rule='mean' is unknown; use"),
     (dict(mode="w8a8"), "mode='w8a8' is unknown; use"),
-    (dict(mode="w4a4_native"), "needs an NVIDIA GPU of compute capability 10"),
+    (dict(mode="w4a4_native"), "mode='w4a4_native'"),
     (dict(layers=["blocks/mlp/*"]), "matches no linear layer; there are"),
     (dict(layers=["text_embedding/fc1"]), "has 24 inputs, which must be a multiple"),
   ],
@@ -217,8 +217,9 @@ def test_nothing_is_quantised_twice(tmp_path, packed):
   ):
     with pytest.raises(ValueError, match="quantised already, by rule='mse'; start"):
       act()
-  with pytest.raises(ValueError, match="cannot be again by 'static_6'; leave"):
-    networks.find("dit", "test", packed, precision="w4a16", rule="static_6")
+  message = "again by 'static_6'; use precision_rule='mse' for precision='w4a4'"
+  with pytest.raises(ValueError, match=message):
+    networks.find("dit", "test", packed, precision="w4a4", rule="static_6")
   assert not list(tmp_path.iterdir())
 
 
@@ -254,10 +255,23 @@ def test_loading_for_a_run(model, plain, packed):
   assert same(load(plain, "w4a16"), quantise(model))
   assert same(load(packed, "w4a4"), load(plain, "w4a4"))
   assert same(load(plain), model)
-  drawn = load("random", "w4a4")
-  assert jax.tree.structure(drawn) == jax.tree.structure(quantise(model, "w4a4"))
   with pytest.raises(ValueError, match="precision='fp8' is unknown"):
     load(plain, "fp8")
+
+
+def test_random_weights_are_drawn_in_four_bits(model):
+  """Never quantised: that would need room for the plain ones first."""
+  source = networks.find("dit", "test", "random", precision="w4a4", rule="static_6")
+  drawn = networks.load(source, "bfloat16")
+  wanted = jax.eval_shape(lambda: quantise(model, "w4a4", "static_6"))
+  assert jax.tree.structure(drawn) == jax.tree.structure(wanted)
+  for found, leaf in zip(jax.tree.leaves(drawn), jax.tree.leaves(wanted), strict=True):
+    assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
+    numbers = np.asarray(found).astype(np.float32)
+    assert np.isfinite(numbers).all() and numbers.any()
+  weight = drawn.blocks.ffn.fc1.weight.get_value().weight
+  assert (np.asarray(weight.scales).astype(np.float32) == 1).all()
+  assert len(np.unique(weight.codes)) == 256
 
 
 # ---------------------------------------------------------------------- FourOverSix
@@ -359,7 +373,7 @@ MODULE = "blocks.1.self_attn.v."
   ("change", "message"),
   [
     ({"quantized_weight_amax": None}, r"amax has shape None instead of \(1,\)"),
-    ({"quantized_weight_metadata": None}, r"metadata \(4,\) is missing"),
+    ({"quantized_weight_metadata": None}, r"metadata int32 \(4,\) is missing"),
     (
       {"quantized_weight_metadata": np.array([64, 64, 64, 64], np.int32)},
       "is not padded to 128 and 64",
@@ -373,20 +387,85 @@ MODULE = "blocks.1.self_attn.v."
       "blocks.1.self_attn.v has numbers in its padding to 128 x 64",
     ),
     (
-      {"quantized_weight_scale_factors": np.full(512, 126, np.uint8).view(E4M3)},
+      {"quantized_weight_scale_factors": np.full(512, 120, np.uint8).view(E4M3)},
       "numbers in its padding",
+    ),
+    (
+      {"quantized_weight_values": np.zeros((128, 32), np.int32)},
+      "values is int32 instead of uint8",
+    ),
+    (
+      {"quantized_weight_scale_factors": np.ones(512, np.float32)},
+      "scale_factors is float32 instead of float8_e4m3fn",
+    ),
+    ({"quantized_weight_amax": np.ones(1, BF16)}, "amax is bfloat16 instead of float"),
+    ({"quantized_weight_amax": np.full(1, np.nan, np.float32)}, "v has scales that"),
+    (
+      {"quantized_weight_metadata": np.array([64, 64, 128, 64], np.float32)},
+      r"metadata int32 \(4,\) is missing",
+    ),
+    (
+      {"quantized_weight_scale_factors": np.full(512, 127, np.uint8)},
+      "v has scales that are not finite: its weight had such numbers",
     ),
     ({"bias": None}, r"v.bias \(64,\) is missing"),
     ({"extra": np.zeros(3, BF16)}, r"v.extra \(3,\) is unknown"),
   ],
 )
-def test_faulty_sources_are_explained(tmp_path, state_dict, change, message):
+def test_faulty_sources_are_explained(
+  tmp_path, state_dict, change, message, monkeypatch
+):
+  """Before anything is written, but for padding, which is as large as the weights."""
+
+  def save(*_):
+    raise AssertionError("a checkpoint was begun")
+
+  if "padding" not in message:
+    monkeypatch.setattr(store, "save_stream", save)
   changed = {MODULE + end: array for end, array in change.items()}
   tensors = {n: a for n, a in {**state_dict, **changed}.items() if a is not None}
   source = write(tmp_path / "a.safetensors", tensors)
   with pytest.raises(ValueError, match=message):
     four_over_six.import_checkpoint(source, tmp_path / "q", rule="mse")
   assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_raw_bits_as_scales_and_a_folder(tmp_path, model, state_dict):
+  """A diffusers-style folder, whose rules are in the headers of its files."""
+  (tmp_path / "a").mkdir()
+  end = "quantized_weight_scale_factors"
+  raw = {n: a.view(np.uint8) if n.endswith(end) else a for n, a in state_dict.items()}
+  names, half = sorted(raw), len(raw) // 2
+  about = {"quantization": json.dumps({"scale_rule": "mse"})}
+  write(tmp_path / "a/1.safetensors", {n: raw[n] for n in names[:half]}, "", about)
+  write(tmp_path / "a/2.safetensors", {n: raw[n] for n in names[half:]})
+  four_over_six.import_checkpoint(tmp_path / "a", tmp_path / "q")
+  assert same(quantised.load_network(tmp_path / "q", "dit"), quantise(model))
+  other = {"quantization": json.dumps({"scale_rule": "mae"})}
+  write(tmp_path / "a/2.safetensors", {n: raw[n] for n in names[half:]}, "", other)
+  with pytest.raises(ValueError, match='holds files that differ in "quantization"'):
+    four_over_six.import_checkpoint(tmp_path / "a", tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    ("mse", 'has a "quantization" record that cannot be read: Expecting value'),
+    ('"mse"', "cannot be read: it is a str; it must be an object such as"),
+    ('{"scale_rule": "best"}', "rule='best' is unknown; use .* with --rule or"),
+    ('{"scale_rule": ["mse"]}', r"rule=\['mse'\] is unknown"),
+    (
+      '{"scale_rule": "mse", "activation_scale_rule": "best"}',
+      "activation_scale_rule='best' is unknown",
+    ),
+  ],
+)
+def test_a_header_that_makes_no_sense(tmp_path, state_dict, record, message):
+  about = {"quantization": record}
+  source = write(tmp_path / "a.safetensors", state_dict, "", about)
+  with pytest.raises(ValueError, match=message):
+    four_over_six.import_checkpoint(source, tmp_path / "q")
+  assert not (tmp_path / "q").exists()
 
 
 def test_sources_of_another_kind(tmp_path, model, plain, state_dict):
@@ -469,3 +548,20 @@ def test_the_tools(tmp_path, model, plain):
   done = tool("quantize_checkpoint.py", f"--source={out}", f"--out={tmp_path / 'r'}")
   assert done.returncode == 1 and "Traceback" not in done.stderr
   assert "is quantised already, by rule='static_6'" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("quantize", ["--source=DIT", "--size=test"], "size='test' is for published files"),
+    ("quantize", ["--source=x.pt", "--layers=a"], r"layers=['a'] cannot be chosen for"),
+    ("quantize", ["--source=x.pt", "--dtype=float32"], "dtype=float32 cannot be"),
+    ("export", ["--source=nowhere"], "no checkpoint at"),
+  ],
+)
+def test_what_the_tools_refuse(tmp_path, plain, name, options, message):
+  options = [option.replace("DIT", str(plain)) for option in options]
+  done = tool(f"{name}_checkpoint.py", *options, f"--out={tmp_path / 'q'}")
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  assert f"error: {message}" in done.stderr
+  assert not (tmp_path / "q").exists()

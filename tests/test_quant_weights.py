@@ -17,7 +17,7 @@ from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, training, weights
 from longlive_jax.quant.nvfp4 import NVFP4Array
 from longlive_jax.quant.product import product
-from longlive_jax.quant.weights import W4A4
+from longlive_jax.quant.weights import W4A4, native_product
 from longlive_jax.train import state
 
 GOLDEN = Path(__file__).parent / "golden" / "nvfp4"
@@ -50,6 +50,23 @@ def test_the_product_is_that_of_the_dequantised_numbers(rule, magnitude):
   error = np.abs(found - exact).max() / np.abs(exact).max()
   assert error < 4e-7  # float32 operands would give the same, a bfloat16 sum 1e-3
   np.testing.assert_array_equal(found, product(a, b))
+
+
+def test_the_native_product_takes_tensor_scales_in_and_out_alike():
+  """On a CPU the kernel's reference stands in; a tensor scale a video all the same."""
+  a = quantise(normal(2, 5, 96), batch_axes=1)
+  b = quantise(normal(7, 96, seed=1))
+  want = product(a, b)
+  np.testing.assert_allclose(native_product(a, b), want, rtol=1e-5, atol=1e-5)
+  x = jnp.asarray(normal(3, 5, 96))
+  plain, native = (matmul(x, W4A4(b, "mse", native=flag)) for flag in (False, True))
+  np.testing.assert_allclose(native, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_tiny_tensor_scales_do_not_vanish_before_their_sum():
+  a, b = (quantise(normal(3, 32, seed=i) * np.float32(1e-18)) for i in (0, 1))
+  exact = float64(a) @ float64(b).T
+  np.testing.assert_allclose(product(a, b), exact, rtol=1e-5, atol=1e-38)
 
 
 def test_the_product_of_numbers_out_of_range_is_nan():

@@ -22,7 +22,7 @@ EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 # Where the name on PyPI is not the name that is imported.
 MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}
 # Required before this code imports them; requirements.txt says why.
-BELOW_OTHERS = {"jax-triton", "tensorstore"}
+BELOW_OTHERS = {"tensorstore"}
 
 
 def blocks() -> list[list[str]]:
@@ -169,7 +169,7 @@ def test_requirements_are_bounded_and_used():
 
 def test_imports_are_required():
   modules = {MODULES.get(name, name.replace("-", "_")) for name in required()}
-  own = {"longlive_jax", "launch", "configs", "tools", "parity_runners"}
+  own = {"longlive_jax", "launch", "configs", "tools", "parity_runners", "eval_toy"}
   known = modules | own | set(sys.stdlib_module_names)
   package = imported("longlive_jax", "launch", "configs") - known
   assert package <= {"torch"}, "an import that requirements.txt lacks"

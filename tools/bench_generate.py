@@ -8,7 +8,6 @@ from noise to uint8 frames on the host. `dit_chunk_ms_early` and `_late` compare
 first chunks with a full window and the last ones: a longer video must not be slower.
 """
 
-import functools
 import json
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
+from longlive_jax.generate import networks
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.models import dit, vae
@@ -46,8 +46,7 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the figures.")
 def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
   """Both networks with random weights, made on the device.
 
-  With a precision the transformer's weights are random 4-bit numbers from the start:
-  quantising would need the plain ones first, and the peak of memory would be theirs.
+  With a precision the transformer's weights are random 4-bit numbers from the start.
   The VAE has no encoder: generating from text does not load it.
   """
   config = dit.size(size)
@@ -73,28 +72,10 @@ def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
     abstract = jax.eval_shape(
       lambda: weights.quantise_weights(build(), mode=precision)
     )
-    model = random_like(abstract)
+    model = networks.random_like(abstract)
   else:
     model = jax.jit(build)()
   return model, jax.jit(build_vae)()
-
-
-def random_like(abstract):
-  """A network of quantised and plain weights, filled leaf by leaf."""
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def fill(leaf, key):
-    if leaf.dtype == jnp.uint8:
-      return jax.random.bits(key, leaf.shape, jnp.uint8)
-    if leaf.dtype == jnp.float8_e4m3fn:
-      return jnp.ones(leaf.shape, leaf.dtype)
-    # Tensor scales and plain weights alike: numbers around 0.02.
-    return (0.02 * (1 + jax.random.normal(key, leaf.shape))).astype(leaf.dtype)
-
-  leaves, structure = jax.tree.flatten(abstract)
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  made = [fill(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(structure, made)
 
 
 def story(config: dit.WanConfig, chunks: int) -> streaming.Story:

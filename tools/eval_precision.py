@@ -9,7 +9,7 @@ detectors' scores (tools/eval_toy.py) stand
   error, all      the same over the whole video, where small differences have grown
 
   python tools/eval_precision.py --out tools/results/precision_toy.json
-  python tools/eval_precision.py --only kv --videos=16 --batch=16
+  python tools/eval_precision.py --only='kv*' --videos=16 --batch=16
 
 Variants are named by what is in 4 bits. The last ones are studies, with types that only
 this file has: precision by denoising step, by age of the cached frame, and by token.
@@ -42,7 +42,7 @@ from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.stream import stream
 from longlive_jax.layers import kv_slots, linear
 from longlive_jax.models import dit
-from longlive_jax.quant import nvfp4, weights
+from longlive_jax.quant import weights
 
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _CONFIG = config_flags.DEFINE_config_file(
@@ -180,13 +180,40 @@ def _(weight: RoutedWeight, x: jax.Array) -> jax.Array:
 TOKEN_LINEARS = ("blocks/self_attn/[qkvo]", "blocks/cross_attn/[qo]", "blocks/ffn/*")
 
 
-def routed(model: dit.CausalDiT, packed: Any, tokens: jax.Array) -> dit.CausalDiT:
-  """The model with routed weights; `packed` holds the quantised ones by path."""
-  layers = model.config.layers
-  spread = jnp.broadcast_to(tokens, (layers, *tokens.shape))
-  return weights.map_matrices(
-    model, TOKEN_LINEARS, lambda path, w: RoutedWeight(w, packed[path], spread)
+def routed(
+  model: dit.CausalDiT, packed: dict[str, Any], base: dit.CausalDiT, tokens: jax.Array
+) -> dit.CausalDiT:
+  """`model`, quantised, with routed weights.
+
+  Args:
+    packed: its quantised weights by path.
+    base: the plain network.
+    tokens: (b, k) of a chunk.
+  """
+  plain = by_path(base)
+  spread = jnp.broadcast_to(tokens, (base.config.layers, *tokens.shape))
+
+  def route(path: tuple[Any, ...], node: Any) -> Any:
+    name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+    if not isinstance(node, weights.Matrix) or name not in packed:
+      return node
+    return node.replace(RoutedWeight(plain[name], packed[name], spread))
+
+  return jax.tree_util.tree_map_with_path(
+    route, model, is_leaf=lambda node: isinstance(node, weights.Matrix)
   )
+
+
+def by_path(model: dit.CausalDiT) -> dict[str, Any]:
+  """Weights of the layers in TOKEN_LINEARS by path, whatever their type."""
+  found = {}
+  for path, node in jax.tree_util.tree_leaves_with_path(
+    model, is_leaf=lambda node: isinstance(node, weights.Matrix)
+  ):
+    name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in TOKEN_LINEARS):
+      found[name] = node.get_value()
+  return found
 
 
 def busy_tokens(latents: jax.Array, share: float, branches: int) -> jax.Array:
@@ -227,20 +254,11 @@ def latents_of(
       yield chunk.latents
     return
   # The tokens are chosen anew for every chunk, by the chunk before it.
-  packed: dict[str, Any] = {}
-  weights.map_matrices(
-    nets.model,
-    TOKEN_LINEARS,
-    lambda path, w: packed.setdefault(path, w),
-  )
-  packed = {
-    path: weights.W4A4(nvfp4.quantise(w, batch_axes=1), "mse")
-    for path, w in packed.items()
-  }
+  packed = by_path(model)
   previous = jnp.zeros((len(scenes), sampling.frames_per_chunk, *state.latent_shape))
   for index in range(story.chunks):
     tokens = busy_tokens(previous, variant.plain_tokens, sampling.branches)
-    model = routed(nets.model, packed, tokens)
+    routing = routed(model, packed, nets.model, tokens)
     upto = dataclasses.replace(
       story,
       prompt_index=story.prompt_index[: index + 1],
@@ -249,7 +267,7 @@ def latents_of(
     )
     after: list[Any] = []
     chunks = stream(
-      model, None, state, upto, sampling, on_state=lambda _, s, a=after: a.append(s)
+      routing, None, state, upto, sampling, on_state=lambda _, s, a=after: a.append(s)
     )
     (chunk,) = chunks
     state, previous = after[0], chunk.latents

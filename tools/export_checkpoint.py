@@ -7,6 +7,8 @@ latent statistics, which PyTorch files lack, go into the file's header. A transf
 that is quantised to NVFP4 is written in FourOverSix's layout.
 """
 
+import sys
+
 from absl import app, flags, logging
 
 from longlive_jax.checkpoint import convert, four_over_six, store
@@ -17,11 +19,15 @@ _PREFIX = flags.DEFINE_string("prefix", "", "In front of every name, e.g. 'model
 
 
 def main(argv: list[str]) -> None:
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step
-  packed = store.is_packed(store.load_metadata(_SOURCE.value))
-  export = four_over_six.export_checkpoint if packed else convert.export
-  export(_SOURCE.value, _OUT.value, _PREFIX.value)
+  try:
+    packed = store.is_packed(store.load_metadata(_SOURCE.value))
+    export = four_over_six.export_checkpoint if packed else convert.export
+    export(_SOURCE.value, _OUT.value, _PREFIX.value)
+  except (OSError, ValueError) as error:
+    sys.exit(f"error: {error}")
   print(f"wrote {_OUT.value}")
 
 

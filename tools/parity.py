@@ -36,7 +36,13 @@ Where the library's defaults differ from the reference:
   its cache. Option: Sampling.reference, CacheRules.reference.
 - Every sample of a batch has its own cuts. The reference takes those of sample 0.
 - An FP4 value that would round to 8 becomes 6. The reference stores code 8, which
-  reads as zero. (Comes with NVFP4.)"""
+  reads as zero. Errors of four over six do not over- or underflow.
+  Option: nvfp4.quantise(reference=True).
+- An NVFP4 cache has a tensor scale for every frame and keeps the keys' mean over tokens
+  beside them. The reference has one scale a chunk, and subtracts the mean over channels
+  from the new chunk's keys only. Options: Sampling.reference, kv_smoothing.
+- Activations of W4A4 have a tensor scale for every video of a batch. The reference has
+  one for all. Option: W4A4.per_sample."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,27 +27,37 @@ _OUT = flags.DEFINE_string("out", None, "Checkpoint folder to make.")
 _MODE = flags.DEFINE_enum("mode", "w4a16", ["w4a16", "w4a4"], "What weights are for.")
 _RULE = flags.DEFINE_enum(
   "rule", None, list(nvfp4.RULES),
-  "How block scales are chosen; default mse, or what a published file says.",
+  "How block scales are chosen; default static_6, or what a published file says.",
 )  # fmt: skip
 _LAYERS = flags.DEFINE_multi_string(
-  "layers", list(weights.BLOCK_LINEARS), "Patterns of the layers' paths."
-)
+  "layers", list(weights.BLOCK_LINEARS),
+  "Patterns of the paths of a checkpoint's layers.",
+)  # fmt: skip
 _LORA = flags.DEFINE_multi_string("lora", [], "Adapters to merge before.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "", list(convert.DTYPES),
-  "Of all parameters before they are quantised; '': as stored.",
+  "Of a checkpoint's parameters before they are quantised; '': as stored.",
 )  # fmt: skip
 _SIZE = flags.DEFINE_string("size", "", "Of a published file's transformer, by name.")
 
 
 def make() -> None:
-  """Makes the checkpoint that the flags describe."""
+  """Makes the checkpoint that the flags describe.
+
+  Raises:
+    ValueError: flags that do nothing for this source, or as what makes it.
+  """
   if (Path(_SOURCE.value) / "_CHECKPOINT_METADATA").exists():
+    if _SIZE.value:
+      raise ValueError(
+        f"size={_SIZE.value!r} is for published files; source={_SOURCE.value} is a "
+        "checkpoint, which has a size: leave it out"
+      )
     quantised.quantise_checkpoint(
       _SOURCE.value,
       _OUT.value,
       mode=_MODE.value,
-      rule=_RULE.value or "mse",
+      rule=_RULE.value or "static_6",
       layers=_LAYERS.value,
       adapters=_LORA.value,
       dtype=convert.DTYPES[_DTYPE.value],
@@ -59,6 +69,12 @@ def make() -> None:
       "quantised or no checkpoint of this project; merge it into the generator that "
       "the source was made from"
     )
+  for flag in (_LAYERS, _DTYPE):
+    if flag.present:
+      raise ValueError(
+        f"{flag.name}={flag.value} cannot be chosen for source={_SOURCE.value}, which "
+        "is taken as it is quantised; leave it out"
+      )
   four_over_six.import_checkpoint(
     _SOURCE.value,
     _OUT.value,

@@ -73,7 +73,7 @@ def from_buffers(
     rule: by which it was quantised.
 
   Raises:
-    ValueError: numbers in the padding, or scales that the rule cannot have made.
+    ValueError: numbers in the padding.
   """
   out, inner, rows, columns = (int(n) for n in buffers["metadata"])
   codes, bits = buffers["values"], buffers["scale_factors"].view(np.uint8)
@@ -86,7 +86,6 @@ def from_buffers(
         "the source is damaged or of another layout"
       )
   scales = np.ascontiguousarray(kept[1]).view(jnp.float8_e4m3fn)
-  _check_rule(name, scales, rule)
   amax = buffers["amax"].astype(np.float32).reshape(())
   return NVFP4Array(kept[0], scales, amax, nvfp4.rule_of(rule).span)
 
@@ -95,13 +94,19 @@ def _sizes(out: int, inner: int) -> tuple[int, int, int, int]:
   return out, inner, out + -out % ROWS, inner + -inner % COLUMNS
 
 
-def _check_rule(name: str, scales: np.ndarray, rule: str) -> None:
+def _check_scales(module: str, scales: np.ndarray, amax: np.ndarray, rule: str) -> None:
+  numbers = scales.view(jnp.float8_e4m3fn).astype(np.float32)
+  if not (np.isfinite(numbers).all() and np.isfinite(amax).all()):
+    raise ValueError(
+      f"{module} has scales that are not finite: its weight had such numbers, or the "
+      "source is damaged; quantise it again from finite weights"
+    )
   # The block of the tensor's maximum has a scale of 448 with a static rule, and of 256
   # or 384 with four over six. A wrong rule would scale the weight by 1.75 or 1.17.
-  largest = float(scales.astype(np.float32).max())
+  largest = float(numbers.max())
   if largest and (largest == 448) != rule.startswith("static"):
     raise ValueError(
-      f"rule={rule!r} cannot have made the scales of {name}, the largest of which is "
+      f"rule={rule!r} cannot have made the scales of {module}, the largest of which is "
       f"{largest:g}; use {'a static rule' if largest == 448 else 'mse'}"
     )
 
@@ -129,8 +134,10 @@ def import_checkpoint(
 
   Raises:
     FileNotFoundError, FileExistsError, ImportError: as `convert.convert`.
-    ValueError: no quantised weights, tensors that are missing, too many or misshapen,
-      a rule that is unknown or not that of the weights. Nothing is left at `out`.
+    ValueError: no quantised weights, tensors that are missing, too many, misshapen or
+      of another dtype, scales that are not finite, a rule that is unknown or not that
+      of the weights; all before anything is written. Numbers in the padding are found
+      while it is written; nothing is left at `out`.
   """
   if Path(out).exists():
     raise FileExistsError(f"out={out} exists; remove it or choose another")
@@ -138,20 +145,18 @@ def import_checkpoint(
     raise ValueError(f"size={size!r} is unknown; use one of {sorted(dit.SIZES)}")
   weights.check_mode(mode)
   content = torch_files.open_tensors(source)
-  about = _quantization(source, content)
-  rule = rule or about.get("weight_scale_rule") or about.get("scale_rule") or ""
-  if not rule:
-    raise ValueError(
-      f"source={source} does not say by which rule it was quantised; give --rule, "
-      f"one of {', '.join(nvfp4.RULES)}"
-    )
-  nvfp4.rule_of(rule)
+  rule, activation_rule = _rules(source, content, rule)
   tensors = torch_files.state_dict(content)
   modules = _modules(tensors)
   shapes = _plain_shapes(tensors, modules)
   config = dit.SIZES[size] if size else torch_names.infer_config("dit", shapes)
   torch_names.check_names("dit", config, shapes)
-  entry = quantised.packed_entry(mode, rule, about.get("activation_scale_rule") or rule)
+  for module in modules:
+    scales, amax = (
+      tensors[f"{module}.{PREFIX}{end}"].read() for end in ("scale_factors", "amax")
+    )
+    _check_scales(module, scales, amax, rule)
+  entry = quantised.packed_entry(mode, rule, activation_rule)
   listed = {
     path: entry if dtype is None else {"format": dtype.name}
     for path, dtype in _dtypes(config, tensors, modules).items()
@@ -185,12 +190,54 @@ def _tree(config: dit.WanConfig) -> dict[str, Any]:
   return store.named_leaves(store.abstract_network("dit", config))
 
 
+def _rules(
+  source: store.PathLike, content: Mapping[str, Any], rule: str
+) -> tuple[str, str]:
+  """The rules of weights and of activations.
+
+  Raises:
+    ValueError: neither given nor stated, or unknown.
+  """
+  about = _quantization(source, content)
+  rule = rule or about.get("weight_scale_rule") or about.get("scale_rule") or ""
+  if not rule:
+    raise ValueError(
+      f"source={source} does not say by which rule it was quantised; give --rule, "
+      f"one of {', '.join(nvfp4.RULES)}"
+    )
+  activation_rule = about.get("activation_scale_rule") or rule
+  for name, value in (("rule", rule), ("activation_scale_rule", activation_rule)):
+    if value not in tuple(nvfp4.RULES):  # a header may hold anything, also a list
+      raise ValueError(
+        f"{name}={value!r} is unknown; use {', '.join(nvfp4.RULES)}, with --rule or "
+        f'under "quantization" in source={source}'
+      )
+  return rule, activation_rule
+
+
 def _quantization(source: store.PathLike, content: Mapping[str, Any]) -> dict[str, Any]:
-  """What is written beside the tensors: in the container, or in the file's header."""
-  if Path(source).suffix == ".safetensors":
-    header = torch_files.open_safetensors(source)[1]
-    return json.loads(header.get("quantization", "{}"))
-  return dict(content.get("quantization", {}))
+  """What is written beside the tensors: in the container, or in the files' headers.
+
+  Raises:
+    ValueError: it is no JSON object, or files of a folder differ in it.
+  """
+  headers = torch_files.read_headers(source)
+  texts = {h["quantization"] for h in headers if "quantization" in h}
+  if len(texts) > 1:
+    raise ValueError(
+      f'source={source} holds files that differ in "quantization": {sorted(texts)}; '
+      "give the files of one checkpoint"
+    )
+  try:
+    found = json.loads(texts.pop()) if texts else content.get("quantization", {})
+    if not isinstance(found, dict):
+      raise ValueError(f"it is a {type(found).__name__}")
+    return found
+  except ValueError as error:
+    raise ValueError(
+      f'source={source} has a "quantization" record that cannot be read: {error}; '
+      'it must be an object such as {"weight_scale_rule": "mse"}'
+    ) from error
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -210,24 +257,29 @@ def _plain_shapes(
   """Shapes by name as if no weight were quantised.
 
   Raises:
-    ValueError: tensors of quantised weights that are missing or misshapen.
+    ValueError: tensors of quantised weights that are missing, misshapen or of another
+      dtype.
   """
   shapes = {n: t.shape for n, t in tensors.items() if f".{PREFIX}" not in n}
   problems = []
   for module in modules:
     key = f"{module}.{PREFIX}metadata"
-    if key not in tensors or tensors[key].shape != (4,):
-      problems.append(f"{key} (4,) is missing")
+    stored = tensors.get(key)
+    if stored is None or stored.shape != (4,) or stored.dtype != np.int32:
+      problems.append(f"{key} int32 (4,) is missing")
       continue
-    sizes = tuple(int(n) for n in tensors[key].read())
+    sizes = tuple(int(n) for n in stored.read())
     if sizes != _sizes(*sizes[:2]) or sizes[1] % BLOCK:
       problems.append(f"{key} = {sizes} is not padded to {ROWS} and {COLUMNS}")
       continue
-    for end, (shape, _) in buffer_specs(*sizes[:2]).items():
+    for end, (shape, dtype) in buffer_specs(*sizes[:2]).items():
       name = f"{module}.{PREFIX}{end}"
       found = tensors[name].shape if name in tensors else None
+      allowed = (dtype, np.uint8) if end == "scale_factors" else (dtype,)
       if found != shape and (end, found) != ("amax", ()):
         problems.append(f"{name} has shape {found} instead of {shape}")
+      elif tensors[name].dtype not in allowed:
+        problems.append(f"{name} is {tensors[name].dtype} instead of {dtype}")
     shapes[f"{module}.weight"] = sizes[:2]
   if problems:
     raise ValueError(

@@ -160,7 +160,8 @@ def load_network(
     kind: "dit", "vae" or "umt5"; what the caller expects.
     dtype: of the parameters that are not quantised; the stored one if not given.
     mode: of `weights.MODES`, to use the stored codes in another way than they were
-      saved for; activations then have the rule of the weights.
+      saved for; activations then have the rule that was stored for them, or else
+      that of the weights.
 
   Raises:
     FileNotFoundError: there is no checkpoint at `path`.

@@ -183,10 +183,8 @@ def load_leaves(
 
 def describe(path: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of a checkpoint by parameter path; reads no array."""
-  tree = _metadata(path).metadata
-  return {
-    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in tree.items()
-  }
+  arrays = _metadata(path).metadata.items()
+  return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays}
 
 
 def load_metadata(path: PathLike) -> dict[str, Any]:
@@ -452,11 +450,8 @@ def _check(
         problems.append(f"{name} {shape} is missing")
     elif stored[name].shape != shape:
       problems.append(f"{name} has shape {stored[name].shape} instead of {shape}")
-  problems += [
-    f"{name} {leaf.shape} has no place"
-    for name, leaf in stored.items()
-    if name not in wanted
-  ]
+  surplus = [name for name in stored if name not in wanted]
+  problems += [f"{name} {stored[name].shape} has no place" for name in surplus]
   if problems:
     raise ValueError(
       f"checkpoint {path} does not fit, in {len(problems)} arrays; load it with the "

@@ -74,6 +74,20 @@ def open_tensors(path: PathLike) -> dict[str, Any]:
   )
 
 
+def read_headers(path: PathLike) -> list[dict[str, str]]:
+  """The metadata of every safetensors file of a source; none for a PyTorch file.
+
+  Raises:
+    FileNotFoundError, ValueError: as `open_tensors`.
+  """
+  path = Path(path)
+  if path.is_dir():
+    files = _folder_files(path)[0]
+  else:
+    files = [path] if path.suffix == ".safetensors" else []
+  return [open_safetensors(file)[1] for file in files]
+
+
 # ---------------------------------------------------------------------- safetensors
 def open_safetensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
   """Tensors and metadata of a safetensors file.
@@ -169,7 +183,8 @@ def _bytes(array: np.ndarray) -> memoryview:
   return memoryview(array.reshape(-1).view(np.uint8))
 
 
-def _open_folder(folder: Path) -> dict[str, Tensor]:
+def _folder_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+  """The safetensors files of a folder, and the index: file by tensor, if any."""
   indices = sorted(folder.glob("*.safetensors.index.json"))
   if len(indices) > 1:
     raise ValueError(
@@ -185,6 +200,11 @@ def _open_folder(folder: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"source={folder} lacks {missing}; download them")
   if not paths:
     raise FileNotFoundError(f"source={folder} holds no .safetensors file")
+  return paths, listed
+
+
+def _open_folder(folder: Path) -> dict[str, Tensor]:
+  paths, listed = _folder_files(folder)
   tensors: dict[str, Tensor] = {}
   for path in paths:
     for name, tensor in open_safetensors(path)[0].items():
@@ -320,6 +340,7 @@ def refuse_quantised(tensors: Mapping[str, Tensor]) -> None:
   packed = [name for name in tensors if name.endswith("quantized_weight_values")]
   if packed:
     raise ValueError(
-      f"source is quantised to NVFP4 in {len(packed)} layers; convert the generator it "
-      "was made from"
+      f"source is quantised to NVFP4 in {len(packed)} layers; import it with "
+      "tools/quantize_checkpoint.py --source FILE, or convert the generator it was "
+      "made from"
     )

@@ -32,9 +32,10 @@ class Choice:
     weights: folder with dit, vae, text and tokenizer.json; '' for what ships with the
       package (toy only), 'random' for no weights at all.
     dit_weights, vae_weights, text_weights, tokenizer: replace single parts of it.
-    precision: quantises the transformer while it is loaded: 'w4a16' or 'w4a4'; ''
-      leaves it as its checkpoint is, plain or quantised.
-    precision_rule: of `nvfp4.RULES`, for `precision`.
+    precision: quantises the transformer while it is loaded: 'w4a16' or 'w4a4', or uses
+      one that is quantised already in this way; '' leaves it as its checkpoint is.
+    precision_rule: of `nvfp4.RULES`, for `precision`; of a quantised checkpoint, its
+      own.
   """
 
   size: str = "toy"
@@ -46,7 +47,7 @@ class Choice:
   text_weights: str = ""
   tokenizer: str = ""
   precision: str = ""
-  precision_rule: str = "mse"
+  precision_rule: str = "static_6"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +132,12 @@ def find(
     kind: 'dit', 'vae' or 'umt5'.
     size: a name in the kind's table of sizes.
     weights: checkpoint folder, or 'random'.
-    precision: '', 'w4a16' or 'w4a4': quantises on loading, by `rule`.
+    precision: '', 'w4a16' or 'w4a4': quantises on loading, by `rule`; of weights that
+      are quantised by this rule already, what they are used for.
 
   Raises:
     ValueError: unknown size, precision or rule; a folder that is missing, damaged, or
-      holds something else; a precision for weights that are quantised already.
+      holds something else; a precision for weights that are quantised by another rule.
   """
   sizes = store.NETWORKS[kind][2]
   if size not in sizes:
@@ -165,10 +167,11 @@ def find(
       "matching --config.size and --config.dit_weights"
     )
   if precision and store.is_packed(record) and quantised.packed_rule(record) != rule:
+    packed = quantised.packed_rule(record)
     raise ValueError(
-      f"{kind} weights={path} are quantised already by rule="
-      f"{quantised.packed_rule(record)!r} and cannot be again by {rule!r}; leave "
-      "precision out, or give the weights they were made from"
+      f"{kind} weights={path} are quantised already by rule={packed!r} and cannot be "
+      f"again by {rule!r}; use precision_rule={packed!r} for precision={precision!r} "
+      "with the numbers they have, or give the weights they were made from"
     )
   return Source(kind, config, path, precision, rule)
 
@@ -247,8 +250,36 @@ def _random(source: Source, dtype: jnp.dtype) -> Any:
     rule=source.rule,
     activation_rule=source.rule,
   )
-  # One program: no parameter stays in floating point longer than it must.
-  return jax.jit(lambda: quantise(build()))()
+  return random_like(jax.eval_shape(lambda: quantise(build())))
+
+
+def random_like(abstract: Any) -> Any:
+  """A network with random weights, quantised ones too, drawn one array at a time.
+
+  Quantising random weights would need the plain ones first, and the peak of memory
+  would be theirs: a device that holds the quantised network may not hold those.
+
+  Args:
+    abstract: the network with shapes for arrays, as `jax.eval_shape` gives it.
+
+  Returns:
+    The same tree of arrays on the default device: codes of all values, block scales of
+    one, all else (tensor scales and plain weights) around 0.02.
+  """
+  leaves, structure = jax.tree.flatten(abstract)
+  # rbg for the reason given above.
+  keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
+  made = [_draw(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
+  return jax.tree.unflatten(structure, made)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+  if leaf.dtype == jnp.uint8:
+    return jax.random.bits(key, leaf.shape, jnp.uint8)
+  if leaf.dtype == jnp.float8_e4m3fn:
+    return jnp.ones(leaf.shape, leaf.dtype)
+  return (0.02 * (1 + jax.random.normal(key, leaf.shape))).astype(leaf.dtype)
 
 
 def random_embeddings(prompts: Sequence[str], source: Source) -> np.ndarray:

@@ -38,8 +38,8 @@ def apply(model: dit.CausalDiT, precision: Precision, steps: int) -> Model:
   """The network in these formats, for `steps` solver steps.
 
   Raises:
-    ValueError: plain_edges that leave no layer, plain_steps that do not exist, or
-      as `weights.quantise_weights`.
+    ValueError: plain_edges that leave no layer or cannot be told from the patterns,
+      plain_steps that do not exist, or as `weights.quantise_weights`.
   """
   if not precision.mode:
     return model
@@ -50,6 +50,12 @@ def apply(model: dit.CausalDiT, precision: Precision, steps: int) -> Model:
       raise ValueError(
         f"plain_edges={edges} must leave some of {layers} layers; use at most "
         f"{(layers - 1) // 2}"
+      )
+    strange = [p for p in patterns if not p.startswith("blocks/")]
+    if strange:
+      raise ValueError(
+        f"patterns={strange} must start with 'blocks/' for plain_edges={edges} to say "
+        "which blocks they mean"
       )
     base = dit.split_blocks(model, [edges, layers - edges])
     # The middle run is number 1: "blocks/..." becomes "blocks/1/...".

@@ -20,7 +20,7 @@ import numpy as np
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers.kv_cache import KVCache
-from longlive_jax.models import dit, vae
+from longlive_jax.models import vae
 from longlive_jax.parallel import mesh as meshes
 
 Array = jax.Array
@@ -98,7 +98,7 @@ class StreamedChunk:
 
 
 def init_state(
-  model: dit.CausalDiT,
+  model: sampler.Model,
   video_vae: vae.VideoVAE | None,
   sampling: Sampling,
   *,
@@ -198,7 +198,7 @@ def compiled_programs() -> dict[str, int]:
 
 
 def stream(
-  model: dit.CausalDiT,
+  model: sampler.Model,
   video_vae: vae.VideoVAE | None,
   state: StreamState,
   story: Story,

@@ -7,9 +7,8 @@ nothing protects; attention does not care about the order of keys. Per call:
   ... forward: `attended` per layer     reads, puts the chunk's own K and V in place
   cache = commit(cache, placement, k, v)   only the clean pass writes
 
-What a slot stores, plain numbers or fewer bits, is `kv_slots`'s business.
-
-so the denoising passes of a chunk never touch the cache, and it can be donated.
+so the denoising passes of a chunk never touch the cache, and it can be donated. What a
+slot stores, plain numbers or fewer bits, is `kv_slots`'s business.
 """
 
 import dataclasses

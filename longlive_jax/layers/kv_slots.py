@@ -15,7 +15,8 @@ all tokens share. `token_mean` subtracts from a slot's keys their mean over toke
 vector a head, keeps it in 16 bits and adds it back on reading: the numbers are those
 of the keys, with a smaller error. `channel_mean` is what the reference does (SPEC 9):
 the new chunk's keys are attended less their mean over channels, which changes the
-attention, and are stored as they are.
+attention, and are stored as they are. (Before rotation where keys are stored unrotated,
+that is with relative RoPE, which the reference does not have together with this.)
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.quant import nvfp4
 
 Array = jax.Array
@@ -148,10 +150,8 @@ def read(slots: Array | NVFP4Slots, dtype: jnp.dtype) -> Array:
 
 @read.register
 def _(slots: NVFP4Slots, dtype: jnp.dtype) -> Array:
-  if slots.mean is None:
-    return nvfp4.dequantise(slots.array, dtype)
-  mean = slots.mean[..., None, :, :].astype(jnp.float32)
-  return (nvfp4.dequantise(slots.array) + mean).astype(dtype)
+  # The kernel: XLA's own fusion made a chunk of the 5B model 7% slower on an H200.
+  return dequantise(slots.array, dtype=dtype, mean=slots.mean)
 
 
 @functools.singledispatch

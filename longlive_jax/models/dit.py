@@ -338,8 +338,11 @@ def split_blocks(model: CausalDiT, starts: Sequence[int]) -> CausalDiT:
     starts: first layer of every run but the first, ascending.
 
   Raises:
-    ValueError: starts that are not ascending layers of the model.
+    ValueError: starts that are not ascending layers of the model, or a model that is
+      split already.
   """
+  if len(block_runs(model)) > 1:
+    raise ValueError(f"the model has {len(model.blocks)} runs already; split it once")
   edges = [0, *starts, model.config.layers]
   if any(a >= b for a, b in itertools.pairwise(edges)):
     raise ValueError(

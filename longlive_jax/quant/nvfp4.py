@@ -131,7 +131,8 @@ def quantise(
     batch_axes: how many leading axes have a tensor scale of their own.
     amax: float32 x.shape[:batch_axes], the largest magnitudes if already known; they
       must not be smaller than the true ones.
-    key: random key; given, codes are rounded stochastically (expected value x).
+    key: random key; given, codes are rounded stochastically, so that the expected
+      value is x, and scales upwards.
     reference: keep two defects of the reference, for parity only (SPEC 13.15): codes of
       8, which read as zero, in blocks with a subnormal scale, and errors of four over
       six that over- or underflow.
@@ -277,25 +278,40 @@ def _encode(
   wanted = jnp.where(amax > 0, wanted, 0.0)
   from_scale = _exactly(1.0 / to_scale)
 
-  def candidate(scale: Array) -> tuple[Array, Array]:
-    scale = _e4m3(scale)
+  def scaled(scale: Array) -> Array:
     factor = 1.0 / jnp.where(scale > 0, _exactly(from_scale * scale), 1.0)
-    scaled = jnp.where(scale > 0, x * _exactly(factor), 0.0)
-    magnitude = jnp.abs(scaled)
-    if reference and key is None:
-      return jnp.copysign(_round_open(magnitude), scaled), scale
-    return jnp.copysign(round_e2m1(magnitude, key), scaled), scale
+    return jnp.where(scale > 0, x * _exactly(factor), 0.0)
 
-  q, scale = candidate(wanted)
+  def nearest(scale: Array) -> Array:
+    v = scaled(scale)
+    rounded = _round_open(jnp.abs(v)) if reference else round_e2m1(jnp.abs(v))
+    return jnp.copysign(rounded, v)
+
+  # Upwards where rounding is stochastic: a block's maximum beyond 6 would be cut off,
+  # and the expected value would no longer be x. The choice between 6 and 4 is made on
+  # the nearest numbers for the same reason: it must not depend on the draw.
+  to_e4m3 = _e4m3 if key is None else _e4m3_up
+  scale = to_e4m3(wanted)
+  q = nearest(scale)
   if rule.error is not None:
-    q4, scale4 = candidate(wanted * 1.5)
-    # A power of two near 1 / amax: exact, and squares stay in range.
-    unit = 1.0 if reference else jnp.exp2(-jnp.floor(jnp.log2(nonzero)))
+    scale4 = to_e4m3(wanted * 1.5)
+    q4 = nearest(scale4)
+    unit = 1.0 if reference else _inverse_power(nonzero)
     error = functools.partial(_error, rule.error, unit=unit)
     span = _hidden(rule.span, amax)
     four = error(q4 * scale4 * amax / span - x) < error(q * scale * amax / span - x)
     q, scale = jnp.where(four, q4, q), jnp.where(four, scale4, scale)
+  if key is not None:
+    v = scaled(scale)
+    q = jnp.copysign(round_e2m1(jnp.abs(v), key), v)
   return encode(jnp.abs(q), jnp.signbit(q) & (x != 0) & (scale > 0)), scale
+
+
+def _inverse_power(x: Array) -> Array:
+  """2 ** -floor(log2 x) of normal float32: exact, so errors in these units compare as
+  they do without, and their squares stay in range."""
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  return lax.bitcast_convert_type(0x7F000000 - (bits & 0x7F800000), jnp.float32)
 
 
 def _error(kind: str, difference: Array, unit: Array | float) -> Array:
@@ -310,6 +326,16 @@ def _error(kind: str, difference: Array, unit: Array | float) -> Array:
 def _e4m3(x: Array) -> Array:
   """float32 rounded to float8_e4m3fn; nothing here exceeds its maximum of 448."""
   return jnp.minimum(x, 448.0).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def _e4m3_up(x: Array) -> Array:
+  """float32 rounded up to float8_e4m3fn."""
+  x = jnp.minimum(x, 448.0)
+  near = x.astype(jnp.float8_e4m3fn)
+  above = lax.bitcast_convert_type(near, jnp.uint8) + (near.astype(jnp.float32) < x)
+  return lax.bitcast_convert_type(
+    above.astype(jnp.uint8), jnp.float8_e4m3fn
+  ).astype(jnp.float32)
 
 
 def _exactly(x: Array) -> Array:

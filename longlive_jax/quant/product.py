@@ -32,8 +32,21 @@ def product(a: NVFP4Array, b: NVFP4Array) -> Array:
     (((a.ndim - 1,), (1,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
-  # One constant, multiplied: XLA would turn a division into this, but only under jit.
-  scale = a.amax * b.amax * (1 / (a.span * b.span))
+  return scaled(scaled(total, tensor_factor(a)), tensor_factor(b))
+
+
+def tensor_factor(array: NVFP4Array) -> Array:
+  """amax / span, what code * block scale is multiplied by; rounded here.
+
+  A constant is multiplied because XLA would turn a division into this, but only under
+  jit. Products apply one factor after the other: that of two small ones leaves
+  float32's range.
+  """
+  return lax.reduce_precision(array.amax * (1 / array.span), 8, 23)
+
+
+def scaled(total: Array, scale: Array) -> Array:
+  """total times a scale for each index of its first axes."""
   return total * scale.reshape(*scale.shape, *[1] * (total.ndim - scale.ndim))
 
 

@@ -17,12 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
+from longlive_jax.kernels.nvfp4_matmul import matmul_w4a4
 from longlive_jax.quant import nvfp4
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
-from longlive_jax.quant.product import product
+from longlive_jax.quant.product import product, scaled, tensor_factor
 
 Array = jax.Array
 
@@ -135,6 +138,8 @@ def map_matrices(
     ValueError: a pattern that matches nothing, a weight that is no plain array, or one
       whose inputs are no multiple of 16.
   """
+  if isinstance(patterns, str):
+    raise ValueError(f"patterns={patterns!r} must be a list; use [{patterns!r}]")
   names: set[str] = set()
 
   def visit(path: tuple[Any, ...], node: Any) -> Any:
@@ -163,7 +168,7 @@ def map_matrices(
 def _check_plain(name: str, weight: Any) -> None:
   if isinstance(weight, NVFP4Array | W4A4):
     raise ValueError(f"{name} is quantised already; start from float weights")
-  if not isinstance(weight, Array):
+  if not isinstance(weight, Array | np.ndarray):
     raise ValueError(
       f"{name} holds a {type(weight).__name__}, no plain array; merge a LoRA into the "
       "weights before they are quantised"
@@ -204,7 +209,15 @@ def quantised_product(x: Array, weight: W4A4) -> Array:
   """
   batch_axes = int(weight.per_sample and x.ndim > 1)
   packed = nvfp4.quantise(x, rule=weight.rule, batch_axes=batch_axes)
-  return product(packed, weight.weight).astype(x.dtype)
+  multiply = native_product if weight.native else product
+  return multiply(packed, weight.weight).astype(x.dtype)
+
+
+def native_product(a: NVFP4Array, b: NVFP4Array) -> Array:
+  """`product` by the FP4 instructions of a Blackwell GPU; elsewhere as `product`."""
+  # The kernel knows one tensor scale: it gets one that is 1, and those of `a` follow.
+  unit = dataclasses.replace(a, amax=jnp.float32(a.span))
+  return scaled(matmul_w4a4(unit, b, dtype=jnp.float32), tensor_factor(a))
 
 
 def _forward(x: Array, weight: W4A4) -> tuple[Array, W4A4]:

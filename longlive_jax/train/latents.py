@@ -200,7 +200,8 @@ class EncodedBatches:
   """Endless random batches of training sequences; the state resumes exactly.
 
   The latents lie on the device, and the host sends only which chunks of which clips a
-  batch is made of: copying 12 MB of them a step took longer than the step itself.
+  batch is made of. A set that is too large for the device is for `StreamedBatches`
+  (data.encode_once=False). Clips are drawn with replacement.
 
   Each batch, with w = views.window chunks a sequence:
     latents (b, w * frames_per_chunk, y, x, c) float32
@@ -261,7 +262,10 @@ def _take_frames(latents: jax.Array, clip: jax.Array, frames: jax.Array) -> jax.
 
 
 class StreamedBatches:
-  """The same batches, clips read and encoded as they come: for sets beyond memory."""
+  """Such batches with clips read and encoded as they come: for sets beyond memory.
+
+  Clips come in epochs, every one once in each.
+  """
 
   def __init__(
     self,

@@ -1,0 +1,134 @@
+"""Launches Triton kernels from JAX: the one place that knows jax-triton.
+
+A kernel's file describes a launch as a `Call`, from shapes alone. `launch` runs it on
+the GPU; the tests run the same description on Triton's interpreter and compile it for
+GPUs that are not there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+try:
+  import triton.language as tl
+  from triton import jit
+except ImportError:  # Triton has wheels for Linux only: kernels stay plain functions
+  tl = None
+
+  def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+Array = jax.Array
+
+IMPLEMENTATIONS = ("triton", "jnp", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One launch of a kernel whose parameters are inputs, outputs, then constants.
+
+  Attributes:
+    kernel: a `jit` function.
+    inputs: arrays; contiguous, row-major.
+    outputs: shapes and dtypes.
+    grid: number of programs along each axis.
+    constants: the kernel's constexpr parameters by name.
+    num_warps, num_stages: fixed here, chosen offline: tuning at run time would start
+      slower and could differ from run to run.
+  """
+
+  kernel: Any
+  inputs: tuple[Array, ...]
+  outputs: tuple[jax.ShapeDtypeStruct, ...]
+  grid: tuple[int, ...]
+  constants: Mapping[str, Any]
+  num_warps: int = 4
+  num_stages: int = 3
+
+
+# Runs a call: `launch`, or in tests the interpreter.
+Launcher = Callable[[Call], list[Array]]
+
+
+def on_triton(implementation: str | None) -> bool:
+  """Whether to launch a kernel: as asked for, and by default on NVIDIA GPUs.
+
+  Raises:
+    ValueError: an unknown implementation.
+  """
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation={implementation!r} is unknown; use 'triton', 'jnp' or None"
+    )
+  if implementation is None:
+    return "NVIDIA" in jax.devices()[0].device_kind
+  return implementation == "triton"
+
+
+def compute_capability() -> int:
+  """Of the first device, 90 for a Hopper; 0 where it is no NVIDIA GPU."""
+  found = getattr(jax.devices()[0], "compute_capability", "0")
+  return round(10 * float(found))
+
+
+def launch(call: Call, compute_capability: int | None = None) -> list[Array]:
+  """Runs a kernel on the GPU, compiled for `compute_capability` or for that GPU.
+
+  Under `jax.vmap` it runs once for each element, one after the other: fold batches into
+  the leading axes instead. Outside of `shard_map` XLA gathers its sharded operands.
+
+  Raises:
+    NotImplementedError: under differentiation.
+    ValueError: where jax-triton or JAX's CUDA plugin is missing.
+  """
+  name = call.kernel.__name__.strip("_")
+
+  @jax.custom_batching.sequential_vmap
+  def run(*inputs: Array) -> list[Array]:
+    # The scope puts the kernel's name where profiles and compiled programs show it.
+    with jax.named_scope(name):
+      return _triton_call(call, inputs, compute_capability)
+
+  @jax.custom_jvp
+  def inference(*inputs: Array) -> list[Array]:
+    return run(*inputs)
+
+  @inference.defjvp
+  def _(primals, tangents):
+    raise NotImplementedError(
+      f"kernel={name!r} has no derivative; use implementation='jnp', or quantise under "
+      "nvfp4.fake_quantise"
+    )
+
+  return inference(*call.inputs)
+
+
+def _triton_call(
+  call: Call, inputs: tuple[Array, ...], compute_capability: int | None
+) -> list[Array]:
+  try:
+    import jax_triton  # raises on hosts without CUDA, so never at the top
+  except ImportError as error:
+    raise ValueError(
+      "implementation='triton' needs an NVIDIA GPU, JAX's CUDA plugin and jax-triton; "
+      "use implementation='jnp'"
+    ) from error
+  # Sums of products may not become fused multiply-adds: the codec rounds each step.
+  exact = {"enable_fp_fusion": False}
+  if jax_triton.__version_info__ < (0, 4):
+    versioned = {"out_shape": list(call.outputs), **exact}
+  else:
+    versioned = {"out_type": list(call.outputs), "backend_options": exact}
+  return jax_triton.triton_call(
+    *inputs,
+    kernel=call.kernel,
+    grid=call.grid,
+    num_warps=call.num_warps,
+    num_stages=call.num_stages,
+    compute_capability=compute_capability,
+    **versioned,
+    **call.constants,
+  )
