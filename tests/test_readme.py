@@ -169,7 +169,8 @@ def test_requirements_are_bounded_and_used():
 
 def test_imports_are_required():
   modules = {MODULES.get(name, name.replace("-", "_")) for name in required()}
-  own = {"longlive_jax", "launch", "configs", "tools", "parity_runners", "eval_toy"}
+  own = {"longlive_jax", "launch", "configs", "tools", "parity_runners"}
+  own |= {file.stem for file in (ROOT / "tools").glob("*.py")}
   known = modules | own | set(sys.stdlib_module_names)
   package = imported("longlive_jax", "launch", "configs") - known
   assert package <= {"torch"}, "an import that requirements.txt lacks"
