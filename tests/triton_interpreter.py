@@ -1,8 +1,8 @@
 """Runs kernels on the CPU, on Triton's interpreter, in a process of its own.
 
 Triton reads TRITON_INTERPRET when it is imported, so the interpreter cannot share a
-process with tests that compile kernels, or with other tests at all: `Interpreter` starts
-this file as a program and sends it calls.
+process with tests that compile kernels: `Interpreter` starts this file as a program and
+sends it calls.
 """
 
 import importlib

@@ -53,6 +53,18 @@ class Call:
 Launcher = Callable[[Call], list[Array]]
 
 
+# Of GPUs that a program may be compiled for without being there.
+CAPABILITIES = {
+  "NVIDIA H100": 90,
+  "NVIDIA H200": 90,
+  "NVIDIA GH200": 90,
+  "NVIDIA B200": 100,
+  "NVIDIA GB200": 100,
+  "NVIDIA B300": 103,
+  "NVIDIA GB300": 103,
+}
+
+
 def on_triton(implementation: str | None) -> bool:
   """Whether to launch a kernel: as asked for, and by default on NVIDIA GPUs.
 
@@ -64,18 +76,37 @@ def on_triton(implementation: str | None) -> bool:
       f"implementation={implementation!r} is unknown; use 'triton', 'jnp' or None"
     )
   if implementation is None:
-    return "NVIDIA" in jax.devices()[0].device_kind
+    return "NVIDIA" in _device_kind()
   return implementation == "triton"
 
 
 def compute_capability() -> int:
-  """Of the first device, 90 for a Hopper; 0 where it is no NVIDIA GPU."""
-  found = getattr(jax.devices()[0], "compute_capability", "0")
-  return round(10 * float(found))
+  """Of the GPU that is traced for: 90 for a Hopper; 0 where it is no NVIDIA GPU.
+
+  Raises:
+    ValueError: a mesh of GPUs that are neither here nor known.
+  """
+  kind, here = _device_kind(), jax.devices()[0]
+  if "NVIDIA" not in kind:
+    return 0
+  if kind == here.device_kind:
+    return round(10 * float(here.compute_capability))  # "9.0"
+  for name, capability in CAPABILITIES.items():
+    if kind.startswith(name):
+      return capability
+  raise ValueError(
+    f"device_kind={kind!r} of the mesh is unknown; use {', '.join(CAPABILITIES)}"
+  )
 
 
-def launch(call: Call, compute_capability: int | None = None) -> list[Array]:
-  """Runs a kernel on the GPU, compiled for `compute_capability` or for that GPU.
+def _device_kind() -> str:
+  """Of the mesh that is traced for, which may only be described, or of this machine."""
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  return (described or jax.devices()[0]).device_kind
+
+
+def launch(call: Call) -> list[Array]:
+  """Runs a kernel on the GPU.
 
   Under `jax.vmap` it runs once for each element, one after the other: fold batches into
   the leading axes instead. Outside of `shard_map` XLA gathers its sharded operands.
@@ -90,7 +121,7 @@ def launch(call: Call, compute_capability: int | None = None) -> list[Array]:
   def run(*inputs: Array) -> list[Array]:
     # The scope puts the kernel's name where profiles and compiled programs show it.
     with jax.named_scope(name):
-      return _triton_call(call, inputs, compute_capability)
+      return _triton_call(call, inputs)
 
   @jax.custom_jvp
   def inference(*inputs: Array) -> list[Array]:
@@ -106,9 +137,7 @@ def launch(call: Call, compute_capability: int | None = None) -> list[Array]:
   return inference(*call.inputs)
 
 
-def _triton_call(
-  call: Call, inputs: tuple[Array, ...], compute_capability: int | None
-) -> list[Array]:
+def _triton_call(call: Call, inputs: tuple[Array, ...]) -> list[Array]:
   try:
     import jax_triton  # raises on hosts without CUDA, so never at the top
   except ImportError as error:
@@ -128,7 +157,7 @@ def _triton_call(
     grid=call.grid,
     num_warps=call.num_warps,
     num_stages=call.num_stages,
-    compute_capability=compute_capability,
+    compute_capability=compute_capability(),
     **versioned,
     **call.constants,
   )

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from longlive_jax.kernels import launch as launching
 from longlive_jax.kernels.blocks import encode, largest, load_halves, store_blocks
@@ -82,15 +83,18 @@ def reference(
   batch_axes: int,
   amax: Array | None,
 ) -> NVFP4Array:
-  """`modulate_quantise` in jnp, for any backend.
-
-  Under jit XLA may leave out roundings to bfloat16 between the steps.
-  """
+  """`modulate_quantise` in jnp, for any backend."""
   h = x.astype(jnp.float32)
   h = h - jnp.mean(h, axis=-1, keepdims=True)
-  h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-  h = h.astype(x.dtype) * (1 + scale) + shift
+  h = h * lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+  h = _round(h, x.dtype) * _round(1 + scale.astype(jnp.float32), x.dtype)
+  h = _round(_round(h, x.dtype) + shift.astype(jnp.float32), x.dtype)
   return nvfp4.quantise(h, rule=rule, batch_axes=batch_axes, amax=amax)
+
+
+def _round(x: Array, dtype: jnp.dtype) -> Array:
+  """float32 with the precision of `dtype`. Under jit XLA may leave out casts."""
+  return lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
 
 def triton(

@@ -9,7 +9,6 @@ the float32 sum: closer to the true product than weights dequantised to bfloat16
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -55,7 +54,6 @@ def matmul_w4a4(
   weight: NVFP4Array,
   *,
   dtype: jnp.dtype = jnp.bfloat16,
-  compute_capability: int | None = None,
   implementation: str | None = None,
 ) -> Array:
   """x @ weight.T in 4-bit arithmetic.
@@ -64,7 +62,6 @@ def matmul_w4a4(
     x: (..., k), with a tensor scale for the whole or for each index of first axes.
     weight: (n, k) with one tensor scale.
     dtype: of the result, bfloat16 or float32.
-    compute_capability: of the GPU to compile for, if another; 100 for a B200.
     implementation: 'triton', 'jnp', or None: Triton where the GPU has the instruction,
       else jnp.
 
@@ -76,19 +73,16 @@ def matmul_w4a4(
       block-scaled 4-bit products.
   """
   _check(x, weight)
-  capability = compute_capability or launching.compute_capability()
-  native = capability in NATIVE
-  if implementation is None and not native:
-    implementation = "jnp"
-  if not launching.on_triton(implementation):
-    return product(x, weight).astype(dtype)
-  if not native:
-    raise ValueError(
-      f"compute_capability={capability} has no block-scaled 4-bit products, which "
-      "need a Blackwell data-centre GPU (100 to 109); use implementation='jnp'"
-    )
-  run = functools.partial(launching.launch, compute_capability=compute_capability)
-  return triton(x, weight, dtype=dtype, native=True, run=run)
+  if launching.on_triton(implementation):
+    capability = launching.compute_capability()
+    if capability in NATIVE:
+      return triton(x, weight, dtype=dtype, native=True, run=launching.launch)
+    if implementation is not None:
+      raise ValueError(
+        f"compute_capability={capability} has no block-scaled 4-bit products, which "
+        "need a Blackwell data-centre GPU (100 to 109); use implementation='jnp'"
+      )
+  return product(x, weight).astype(dtype)
 
 
 def _check(x: Array | NVFP4Array, weight: NVFP4Array) -> None:
