@@ -133,7 +133,7 @@ def matmul_call(
   if native:
     tile_m, tile_n, tile_k, parts = 128, 128, 256, 1
   else:
-    tile_m, tile_n, tile_k = 16 if m <= 16 else 32 if m <= 32 else 64, 64, 128
+    tile_m, tile_n, tile_k = min(128, max(16, 1 << (m - 1).bit_length())), 64, 128
     # About four programs a multiprocessor: one row of tiles alone cannot fill a GPU.
     programs = math.ceil(m / tile_m) * math.ceil(n / tile_n)
     parts = max(1, min(512 // programs, k // (4 * tile_k)))

@@ -298,7 +298,7 @@ def _encode(
     q4 = nearest(scale4)
     unit = 1.0 if reference else _inverse_power(nonzero)
     error = functools.partial(_error, rule.error, unit=unit)
-    span = _hidden(rule.span, amax)
+    span = _hidden(rule.span, x)  # of x's shape: XLA multiplies by a scalar's inverse
     four = error(q4 * scale4 * amax / span - x) < error(q * scale * amax / span - x)
     q, scale = jnp.where(four, q4, q), jnp.where(four, scale4, scale)
   if key is not None:

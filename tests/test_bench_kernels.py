@@ -1,0 +1,86 @@
+"""The kernels' benchmark at tiny shapes, and what it reads out of compiled programs."""
+
+import re
+import zlib
+
+import bench_kernels
+import compile_for
+import jax
+import jax.numpy as jnp
+import pytest
+
+from longlive_jax.kernels.shapes import SIZES
+
+
+def test_figures_of_a_tiny_run():
+  tiny = SIZES["test"]
+  figures = list(bench_kernels.measure(tiny, ["jnp"], 1, ["modulate"]))
+  kernels = [figure["kernel"] for figure in figures]
+  assert kernels == ["modulate_quantise", "modulate_quantise", "copy"]
+  frames, tokens, dim = tiny.activations
+  x, rows = frames * tokens * dim, frames * dim
+  for figure in figures[:2]:
+    assert figure["implementation"] == "jnp" and figure["shape"] == [2, 37, 96]
+    # x, scale and shift in 16 bits; codes, block scales and the tensor scale.
+    assert figure["bytes"] == 2 * (x + 2 * rows) + x // 2 + x // 16 + 4
+    assert figure["GB/s"] == pytest.approx(figure["bytes"] / figure["ms"] / 1e6)
+    copy = figures[2]["GB/s"]
+    assert figure["share_of_copy"] == pytest.approx(figure["GB/s"] / copy)
+
+
+def test_every_case_fits_the_real_shapes():
+  sizes = SIZES["ti2v-5b"]
+  kernels = set()
+  for labels, function, arguments in bench_kernels.cases(sizes, "jnp"):
+    shapes = jax.eval_shape(arguments, jax.random.key(0))
+    assert jax.eval_shape(function, *shapes) is not None
+    kernels.add(labels["kernel"])
+  assert kernels == {
+    "quantise",
+    "quantise_dynamic",
+    "modulate_quantise",
+    "dequantise",
+    "matmul_w4a16",
+    "dequantise_matmul",
+  }
+
+
+def escaped(data: bytes) -> str:
+  """As XLA prints the configuration of a custom call."""
+  return "".join(
+    chr(b) if 32 <= b < 127 and b not in b"\"'\\" else f"\\{b:03o}" for b in data
+  )
+
+
+def test_native_products_are_counted():
+  def call(code: bytes) -> str:
+    return (
+      '  y = f32[2]{0} custom-call(x), custom_call_target="triton_kernel_call", '
+      f'backend_config="{escaped(zlib.compress(code))}"'
+    )
+
+  text = "\n".join(
+    [
+      call(b"tcgen05.mma.kind::mxf4nvf4.block_scale" + bytes(range(256))),
+      call(b"wgmma.mma_async"),
+      '  z = f32[2]{0} custom-call(y), custom_call_target="__cudnn$blockScaledDot"',
+      "  ROOT w = f32[2]{0} add(y, z)",
+    ]
+  )
+  assert compile_for.custom_calls(text) == {
+    "native_fp4": 2,
+    "triton_kernel_call": 2,
+    "__cudnn$blockScaledDot": 1,
+  }
+
+
+def test_a_program_is_compiled_for_the_given_mesh():
+  axes = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((1,), ("x",), axis_types=axes, devices=jax.devices("cpu")[:1])
+  matrix = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+  compiled = compile_for.compile_for(mesh, jnp.linalg.cholesky, matrix)
+  calls = compile_for.custom_calls(compiled.as_text())
+  assert calls.pop("native_fp4") == 0
+  assert [re.search("potrf", name) is not None for name in calls] == [True]
+  with pytest.raises(ValueError, match="compile_for='b100'"):
+    compile_for.described("b100")
