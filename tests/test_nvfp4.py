@@ -79,7 +79,7 @@ def oracle(x: np.ndarray, rule: nvfp4.Rule) -> tuple[np.ndarray, ...]:
   one = np.float32(1)
   blocks = x.reshape(len(x), -1, 16)
   amax = np.abs(x).max()
-  if amax < 2.0**-110:
+  if amax < 2.0**-104:
     return np.zeros_like(blocks), *np.zeros((2, *blocks.shape[:2]))
   span = np.float32(rule.m4 * rule.m8)
   enc = span / amax
@@ -121,7 +121,7 @@ def test_codes_and_scales_are_those_of_the_specification(x, rule):
   np.testing.assert_array_equal(values[sure], q[sure])
   np.testing.assert_array_equal(array.scales.astype(np.float32)[sure], scale[sure])
   peak = np.abs(x).max()
-  assert array.amax == (peak if peak >= 2.0**-110 else 0)
+  assert array.amax == (peak if peak >= 2.0**-104 else 0)
 
 
 @property_test
@@ -137,7 +137,7 @@ def test_what_comes_back_is_near(x, rule, tiles):
     block_max = block_max.reshape(-1, 16, block_max.shape[1]).max(1).repeat(16, axis=0)
   bound = block_max / 6 * (1 + 2**-4) + 3 * 2**-9 * np.abs(x).max() / array.span
   error = np.abs(back - x).reshape(len(x), -1, 16).max(-1)
-  assert (error <= bound[: len(x)] * 1.0001 + 2.0**-110).all()
+  assert (error <= bound[: len(x)] * 1.0001 + 2.0**-104).all()
   assert not (back * x < 0).any()
 
 

@@ -1,7 +1,7 @@
 """Triton functions that the kernels share: blocks of 16 to 4 bits and back (SPEC 9).
 
 They follow `quant/nvfp4.py` operation by operation, in float32 and with divisions that
-round correctly, so codes and scales are the same bits. A thread holds a block as two
+round correctly (launches forbid fusing products with sums), so codes and scales are the same bits. A thread holds a block as two
 halves of 8, `a` and `b`, each (blocks, 8): what a 16-byte load of bf16 gives it. So
 nothing is computed twice or exchanged between threads.
 
@@ -151,7 +151,7 @@ def _error(qa, qb, xa, xb, scale, amax, unit, SPAN: tl.constexpr, ERROR: tl.cons
   more = _divide(scale * 1.5 * amax, SPAN) * unit
   da, db = _difference(qa, one, more, xa), _difference(qb, one, more, xb)
   if ERROR == "mse":
-    return _sum(tl.fma(da, da, db * db))
+    return _sum(da * da + db * db)
   elif ERROR == "mae":
     return _sum(tl.abs(da) + tl.abs(db))
   else:

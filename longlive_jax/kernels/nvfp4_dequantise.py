@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from longlive_jax.kernels import launch as launching
 from longlive_jax.kernels.blocks import e2m1, e4m3
 from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
-from longlive_jax.quant import nvfp4
+from longlive_jax.quant import exact, nvfp4
 from longlive_jax.quant.nvfp4 import NVFP4Array
 
 _TILE = 512  # halves of blocks a program, 4 a thread
@@ -62,7 +62,7 @@ def reference(array: NVFP4Array, *, dtype: jnp.dtype, mean: Array | None) -> Arr
   if mean is None:
     return nvfp4.dequantise(array, dtype)
   mean = jnp.expand_dims(mean, array.amax.ndim).astype(jnp.float32)
-  return (nvfp4.dequantise(array) + mean).astype(dtype)
+  return (exact.rounded(nvfp4.dequantise(array)) + mean).astype(dtype)
 
 
 def triton(

@@ -129,6 +129,7 @@ def matmul_call(
 ) -> Call:
   """Sums over parts of k: (parts, m, n), in float32 if there are several parts."""
   packed = isinstance(x, NVFP4Array)
+  whole = not packed and x.dtype == jnp.float32
   m, (n, k) = math.prod(x.shape[:-1]), weight.shape
   if native:
     tile_m, tile_n, tile_k, parts = 128, 128, 256, 1
@@ -165,7 +166,8 @@ def matmul_call(
       "TILE_K": tile_k,
     },
     num_warps=4,
-    num_stages=3,
+    # Three tiles of float32 do not fit the shared memory of a Hopper.
+    num_stages=2 if whole else 3,
   )
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
+from longlive_jax.kernels.nvfp4_quantise import quantise
 from longlive_jax.quant import nvfp4
 
 Array = jax.Array
@@ -125,20 +126,18 @@ def encode(slots: Array | NVFP4Slots, x: Array) -> Array | NVFP4Slots:
 
 @encode.register
 def _(slots: NVFP4Slots, x: Array) -> NVFP4Slots:
+  settings = {"rule": slots.format.rule, "batch_axes": 2}
   mean = None
   if slots.mean is not None:
     mean = jnp.mean(x.astype(jnp.float32), axis=2).astype(jnp.bfloat16)  # (b, f, n, d)
-    x = x.astype(jnp.float32) - mean[:, :, None].astype(jnp.float32)
-  amax = None
-  if slots.format.chunk_amax:
+  if not slots.format.chunk_amax:
+    front = "none" if mean is None else "token_mean"
+    array = quantise(x, front=front, mean=mean, **settings)
+  else:  # as in the reference, which the kernel does not follow
+    if mean is not None:
+      x = x.astype(jnp.float32) - mean[:, :, None].astype(jnp.float32)
     amax = jnp.broadcast_to(nvfp4.largest(x, 1)[:, None], x.shape[:2])
-  array = nvfp4.quantise(
-    x,
-    rule=slots.format.rule,
-    batch_axes=2,
-    amax=amax,
-    reference=slots.format.chunk_amax,
-  )
+    array = nvfp4.quantise(x, amax=amax, reference=True, **settings)
   return dataclasses.replace(slots, array=array, mean=mean)
 
 

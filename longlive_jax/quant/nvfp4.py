@@ -15,19 +15,19 @@ A number is stored as a code of E2M1 (sign, and one of 0 .5 1 1.5 2 3 4 6), a bl
   abs_max     6   256     wins, 6 if they are equal
 
 Numeric contract. Everything is float32, each operation rounded on its own and in the
-order of SPEC 9, so codes and scales are the same bits on every backend, jitted or not,
-except where a sum of 16 squares is added up in another order. Rounding is to nearest,
-ties to even, or stochastic with a key. Special values:
+order of SPEC 9, errors of four over six added up in halves: codes and scales are the
+same bits on every backend, jitted or not (quant/exact.py). Rounding is to nearest, ties
+to even, or stochastic with a key. Special values:
 
   zeros      of either sign give code 0; so does a tensor of zeros (amax 0)
-  tiny       a tensor with amax below 2**-110 counts as zeros
+  tiny       a tensor with amax below 2**-104 counts as zeros, and so does a block
+             whose maximum is below 2**-123
   inf, NaN   and anything beyond 2**110: the block's scale becomes NaN, so the whole
              block reads as NaN and nothing vanishes silently; amax is that of the
              other numbers
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -35,11 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from longlive_jax.quant import exact
+
 Array = jax.Array
 
 BLOCK = 16
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # magnitude of codes 0..7
-SMALLEST, LARGEST = 2.0**-110, 2.0**110
+SMALLEST, LARGEST = 2.0**-104, 2.0**110
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ def quantise(
 def dequantise(array: NVFP4Array, dtype: jnp.dtype = jnp.float32) -> Array:
   """The numbers (..., n) in `dtype`: in float32, one rounding an element, cast last."""
   blocks = decode(unpack(array.codes)).reshape(*array.scales.shape, BLOCK)
-  factor = _exactly(array.amax / _hidden(array.span, array.amax))
+  factor = exact.divide(array.amax, array.span)
   factor = factor.reshape(*factor.shape, *[1] * (blocks.ndim - factor.ndim))
   # code * scale has at most 6 significant bits: exact, so only one rounding is left.
   values = blocks * array.scales.astype(jnp.float32)[..., None] * factor
@@ -199,7 +201,7 @@ def _through_jvp(primals, tangents):
 
 
 def largest(x: Array, batch_axes: int = 0) -> Array:
-  """Largest magnitude over all but the batch axes, float32; below 2**-110 it is 0."""
+  """Largest magnitude over all but the batch axes, float32; below 2**-104 it is 0."""
   found = jnp.max(
     jnp.abs(x.astype(jnp.float32)), axis=tuple(range(batch_axes, x.ndim)), initial=0.0
   )
@@ -270,17 +272,15 @@ def _encode(
     x: finite. amax: broadcastable.
   """
   block_max = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-  # XLA would turn / m4 into * (1 / m4), merge it with the next factor and simplify
-  # 1 / (span / amax): up to 1.6% of the codes then differ from the reference.
   nonzero = jnp.where(amax > 0, amax, 1.0)
-  to_scale = _exactly(_hidden(rule.span, nonzero) / nonzero)
-  wanted = _exactly(block_max / _hidden(rule.m4, block_max)) * to_scale
+  to_scale = exact.divide(rule.span, nonzero)
+  from_scale = exact.divide(1.0, to_scale)
+  wanted = exact.divide(block_max, rule.m4) * to_scale
   wanted = jnp.where(amax > 0, wanted, 0.0)
-  from_scale = _exactly(1.0 / to_scale)
 
   def scaled(scale: Array) -> Array:
-    factor = 1.0 / jnp.where(scale > 0, _exactly(from_scale * scale), 1.0)
-    return jnp.where(scale > 0, x * _exactly(factor), 0.0)
+    step = jnp.where(scale > 0, from_scale * scale, 1.0)
+    return jnp.where(scale > 0, x * exact.divide(1.0, step), 0.0)
 
   def nearest(scale: Array) -> Array:
     v = scaled(scale)
@@ -296,10 +296,20 @@ def _encode(
   if rule.error is not None:
     scale4 = to_e4m3(wanted * 1.5)
     q4 = nearest(scale4)
-    unit = 1.0 if reference else _inverse_power(nonzero)
-    error = functools.partial(_error, rule.error, unit=unit)
-    span = _hidden(rule.span, x)  # of x's shape: XLA multiplies by a scalar's inverse
-    four = error(q4 * scale4 * amax / span - x) < error(q * scale * amax / span - x)
+    # In units of a power of two that brings amax to about 1, which is exact: squares of
+    # errors stay in range.
+    unit = 1.0 if reference else exact.inverse_power_of_two(nonzero)
+
+    def error(q: Array, scale: Array) -> Array:
+      """Of q * scale * amax / span, divided once a block: q is a power of two, with
+      which rounding commutes, or 1.5 times one."""
+      q, power = jnp.abs(q), exact.power_of_two(q)
+      one = exact.divide(scale * amax, rule.span)
+      more = exact.divide(scale * 1.5 * amax, rule.span)
+      value = power * jnp.where(q > power, more, one)
+      return _norm(rule.error, (value - jnp.abs(x)) * unit)
+
+    four = error(q4, scale4) < error(q, scale)
     q, scale = jnp.where(four, q4, q), jnp.where(four, scale4, scale)
   if key is not None:
     v = scaled(scale)
@@ -307,49 +317,31 @@ def _encode(
   return encode(jnp.abs(q), jnp.signbit(q) & (x != 0) & (scale > 0)), scale
 
 
-def _inverse_power(x: Array) -> Array:
-  """2 ** -floor(log2 x) of normal float32: exact, so errors in these units compare as
-  they do without, and their squares stay in range."""
-  bits = lax.bitcast_convert_type(x, jnp.uint32)
-  return lax.bitcast_convert_type(0x7F000000 - (bits & 0x7F800000), jnp.float32)
-
-
-def _error(kind: str, difference: Array, unit: Array | float) -> Array:
-  d = difference * unit
+def _norm(kind: str, difference: Array) -> Array:
+  """Of the last axis, kept with one element."""
   if kind == "mse":
-    return jnp.sum(d * d, axis=-1, keepdims=True)
+    return exact.total(exact.rounded(difference * difference))
   if kind == "mae":
-    return jnp.sum(jnp.abs(d), axis=-1, keepdims=True)
-  return jnp.max(jnp.abs(d), axis=-1, keepdims=True)
+    return exact.total(jnp.abs(difference))
+  return jnp.max(jnp.abs(difference), axis=-1, keepdims=True)
 
 
 def _e4m3(x: Array) -> Array:
-  """float32 rounded to float8_e4m3fn; nothing here exceeds its maximum of 448."""
-  return jnp.minimum(x, 448.0).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+  """float32, not negative, rounded to float8_e4m3fn, at most 448; still float32.
+
+  Not by casting: on GPUs XLA drops a cast to float8 and back and goes on with what was
+  not rounded (xla_allow_excess_precision), while the stored scale is.
+  """
+  x = jnp.minimum(x, 448.0)
+  small = jnp.round(x * 512) / 512  # below 2**-6 the step is 2**-9
+  return jnp.where(x < 2.0**-6, small, lax.reduce_precision(x, 8, 3))
 
 
 def _e4m3_up(x: Array) -> Array:
-  """float32 rounded up to float8_e4m3fn."""
-  x = jnp.minimum(x, 448.0)
-  near = x.astype(jnp.float8_e4m3fn)
-  above = lax.bitcast_convert_type(near, jnp.uint8) + (near.astype(jnp.float32) < x)
-  return lax.bitcast_convert_type(
-    above.astype(jnp.uint8), jnp.float8_e4m3fn
-  ).astype(jnp.float32)
-
-
-def _exactly(x: Array) -> Array:
-  """Rounds to float32 here: XLA may not fuse or rearrange across it."""
-  return lax.reduce_precision(x, 8, 23)
-
-
-def _hidden(value: float, like: Array) -> Array:
-  """A constant that XLA's simplifier cannot see, so that a division stays one.
-
-  Made of `like` (finite), not of its shape: under vmap it would stay a scalar, by whose
-  reciprocal XLA multiplies.
-  """
-  return lax.optimization_barrier(value + 0 * like)
+  """As `_e4m3`, but rounded up."""
+  near = _e4m3(x)
+  step = exact.power_of_two(jnp.maximum(near, 2.0**-6)) / 8
+  return jnp.where(near < jnp.minimum(x, 448.0), near + step, near)
 
 
 # ------------------------------------------------------------------ tiles
