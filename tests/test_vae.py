@@ -221,6 +221,28 @@ def test_whole_clip_equals_pieces(short):
   np.testing.assert_allclose(pieces, whole, atol=1e-4)
 
 
+def test_large_frames_are_convolved_one_at_a_time(short, monkeypatch):
+  """The same numbers and the same state, also where one sample's clip starts later."""
+  state = vae.init_decoder_state(short, 2, 1, 2)
+  _, _, running = decode_chunk(short, state, _random(2, 1, 1, 2, 3))
+  state = _first_from(running, state)
+  z = _random(2, 3, 1, 2, 3, seed=1)
+  want = decode_chunk(short, state, z)
+  video = _random(2, 8, 8, 16, 3)
+  coded = encode_chunk(short, vae.init_encoder_state(short, 2, 1, 2), video)
+  monkeypatch.setattr(vae_blocks, "MOST_BYTES", 1)
+  few = jax.jit(lambda *args: vae.decode_chunk(*args))
+  assert few.lower(short, state, z).as_text().count("convolution") > 2 * (
+    decode_chunk.lower(short, state, z).as_text().count("convolution")
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-5), few(short, state, z), want
+  )
+  few = jax.jit(lambda *args: vae.encode_chunk(*args))
+  got = few(short, vae.init_encoder_state(short, 2, 1, 2), video)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, coded)
+
+
 def test_state_keeps_structure_and_program(short):
   traces = []
 

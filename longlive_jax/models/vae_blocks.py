@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+MOST_BYTES = 2**29  # what frames may take that are convolved together
+
 
 class Conv(nnx.Module):
   """Weight (out, in, *kernel), PyTorch's layout, and bias (out,)."""
@@ -93,14 +95,29 @@ def causal_conv(
   x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
   b, total = x.shape[:2]
   t = (total - kt) // stride + 1
-  last = stride * (t - 1) + 1
-  taps = [x[:, k : k + last : stride] for k in range(kt)]
-  stacked = jnp.concatenate(taps, axis=-1)  # (b, t, y, x, kt i)
   kernel = weight.transpose(0, 2, 1, 3, 4).reshape(o, kt * i, ky, kx)
   padding = ((ky // 2, ky // 2), (kx // 2, kx // 2))
-  y = _conv2d(stacked.reshape(b * t, *stacked.shape[2:]), kernel, 1, padding)
-  y = y.reshape(b, t, *y.shape[1:]) + conv.bias[...]
+  count = frames_at_a_time(t, kt * (x.nbytes // total))
+  parts = []
+  for first in range(0, stride * t, stride * count):
+    last = first + stride * (count - 1) + 1
+    taps = [x[:, first + k : last + k : stride] for k in range(kt)]
+    stacked = jnp.concatenate(taps, axis=-1)  # (b, count, y, x, kt i)
+    y = _conv2d(stacked.reshape(b * count, *stacked.shape[2:]), kernel, 1, padding)
+    parts.append(y.reshape(b, count, *y.shape[1:]))
+  y = jnp.concatenate(parts, axis=1) + conv.bias[...]
   return y, x[:, total - history.shape[1] :]
+
+
+def frames_at_a_time(frames: int, size: int) -> int:
+  """How many of `frames`, a divisor, to convolve together if one needs `size` bytes.
+
+  All where memory is no question. But the four frames that a 704 x 1280 latent frame
+  becomes, each with its two predecessors, are 2.8 GB in the last stage of the decoder.
+  One at a time they are convolved as fast (H200).
+  """
+  most = max(MOST_BYTES, size)
+  return next(n for n in range(frames, 0, -1) if frames % n == 0 and n * size <= most)
 
 
 def pointwise(conv: Conv, x: jax.Array) -> jax.Array:
