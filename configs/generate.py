@@ -52,6 +52,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # quantised or not. `kv_format` is that of the cache.
   config.precision = ""
   config.precision_rule = "static_6"  # lost least: README, "In 4 bits"
+  config.precision_layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
+  config.precision_plain_edges = 0  # first and last layers that keep plain weights
+  config.precision_plain_steps = ()  # as (0, -1): by a second, plain copy of weights
   config.kv_format = ""
   config.kv_smoothing = "token_mean"
   config.kv_rule = "mse"

@@ -368,6 +368,10 @@ def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
   stream_only = [*start, *(["save_state"] if options.save_state else [])]
   if options.mode == "bidirectional" and stream_only:
     raise ValueError(f"--{stream_only[0]} needs --mode=stream")
+  if options.mode == "bidirectional" and config.precision_plain_steps:
+    raise ValueError(
+      f"precision_plain_steps={config.precision_plain_steps} needs --mode=stream"
+    )
   if options.rewind_to is not None and not options.resume:
     raise ValueError(f"rewind_to={options.rewind_to} needs --resume")
   if options.save_every < 0 or (options.save_every and not options.save_state):

@@ -42,6 +42,7 @@ def test_every_case_fits_the_real_shapes():
     "dequantise",
     "matmul_w4a16",
     "dequantise_matmul",
+    "plain_matmul",
   }
 
 
@@ -59,28 +60,43 @@ def test_native_products_are_counted():
       f'backend_config="{escaped(zlib.compress(code))}"'
     )
 
+  trips = 'backend_config={"known_trip_count":{"n":"30"}}'
   text = "\n".join(
     [
+      "HloModule jit_step",
+      "%layer.1 (x: f32[2]) -> f32[2] {",
       call(b"tcgen05.mma.kind::mxf4nvf4.block_scale" + bytes(range(256))),
       call(b"wgmma.mma_async"),
-      '  z = f32[2]{0} custom-call(y), custom_call_target="__cudnn$blockScaledDot"',
-      "  ROOT w = f32[2]{0} add(y, z)",
+      "}",
+      "",
+      "ENTRY %main.2 (x: f32[2]) -> f32[2] {",
+      f"  %y = f32[2]{{0}} while(%x), condition=%c, body=%layer.1, {trips}",
+      '  %z = f32[2]{0} custom-call(%y), custom_call_target="__cudnn$blockScaledDot"',
+      "  ROOT %w = f32[2]{0} call(%z), to_apply=%layer.1",
+      "}",
     ]
   )
   assert compile_for.custom_calls(text) == {
-    "native_fp4": 2,
-    "triton_kernel_call": 2,
+    "native_fp4": 32,
+    "triton_kernel_call": 62,
     "__cudnn$blockScaledDot": 1,
   }
+  with pytest.raises(ValueError, match="no ENTRY"):
+    compile_for.custom_calls("add(x, y)")
 
 
 def test_a_program_is_compiled_for_the_given_mesh():
   axes = (jax.sharding.AxisType.Auto,)
   mesh = jax.make_mesh((1,), ("x",), axis_types=axes, devices=jax.devices("cpu")[:1])
   matrix = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-  compiled = compile_for.compile_for(mesh, jnp.linalg.cholesky, matrix)
+
+  def function(x):
+    return jax.lax.scan(lambda x, _: (jnp.linalg.cholesky(x), None), x, length=5)
+
+  compiled = compile_for.compile_for(mesh, function, matrix)
   calls = compile_for.custom_calls(compiled.as_text())
   assert calls.pop("native_fp4") == 0
-  assert [re.search("potrf", name) is not None for name in calls] == [True]
+  ((name, count),) = calls.items()
+  assert re.search("potrf", name) and count == 5
   with pytest.raises(ValueError, match="compile_for='b100'"):
     compile_for.described("b100")

@@ -22,6 +22,7 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.generate import networks, report, request, resuming, stream
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.models.text import train_toy_tokenizer
+from longlive_jax.quant.weights import BLOCK_LINEARS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -180,6 +181,15 @@ def test_a_command_line_over_the_settings_of_a_saved_run(generate):
 
   assert asked(":ti2v-5b") == {}
   assert asked(":ti2v-5b", "--config.steps=3") == {"steps": 3}
+  assert asked(
+    ":toy,w4a4",
+    "--config.precision_plain_edges=1",
+    "--config.precision_plain_steps=(0,-1)",
+    "--config.precision_layers=('blocks/ffn/*',)",
+  ) == {
+    "precision": "w4a4", "precision_plain_edges": 1, "precision_plain_steps": (0, -1),
+    "precision_layers": ("blocks/ffn/*",),
+  }  # fmt: skip
   given = asked(":toy,nvfp4,kv=nvfp4,no_sinks", "--config.sink_frames=4")
   assert given == {
     "precision": "w4a16", "kv_format": "nvfp4", "sink_frames": 4,
@@ -374,6 +384,20 @@ BAD = [
   (dict(decode_frames=0), {}, "decode_frames=0 must be at least 1; use 1"),
   (dict(precision="fp8"), {}, "precision='fp8' is unknown; use w4a16"),
   (dict(precision="w4a16", precision_rule="x"), {}, "rule='x' is unknown; use"),
+  (
+    dict(precision="w4a16", precision_layers=("blocks/mlp/*",)),
+    {},
+    r"precision_layers cannot be used: .*\['blocks/mlp/\*'\] matches no linear layer",
+  ),
+  (dict(precision_plain_edges=1), {}, "precision_plain_edges=1 needs a precision"),
+  (dict(precision_plain_steps=(0,)), {}, r"precision_plain_steps=\(0,\) needs a prec"),
+  (dict(precision="w4a4", precision_plain_edges=1), {}, "some of 2 layers between"),
+  (dict(precision="w4a4", precision_plain_steps=(2,)), {}, "within the 2 solver step"),
+  (
+    dict(precision="w4a4", precision_plain_steps=(0,)),
+    dict(mode="bidirectional"),
+    r"precision_plain_steps=\(0,\) needs --mode=stream",
+  ),
   (dict(kv_format="fp4"), {}, "kv_format='fp4' is unknown"),
   (
     dict(weights="nowhere"),
@@ -454,6 +478,7 @@ def test_config_arguments():
   assert (packed.precision, packed.kv_format) == ("w4a16", "nvfp4")
   assert packed.kv_smoothing == "token_mean"
   assert get_config("toy,w4a4").precision == "w4a4"
+  assert plain.precision_layers == BLOCK_LINEARS
   with pytest.raises(ValueError, match="'nvfp4' and 'w4a4' exclude each other"):
     get_config("toy,nvfp4,w4a4")
   with pytest.raises(ValueError, match="config size='7b' is unknown"):

@@ -1,14 +1,19 @@
-"""A precision, applied: which layers and steps are packed, and what is refused."""
+"""A precision, applied, loaded and run: what is packed, and what is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from packed_weights import quantise, same
 from random_weights import fill
 
-from longlive_jax.generate import precision, sampler
+from configs.generate import get_config
+from launch import generate
+from longlive_jax.checkpoint import quantised, store
+from longlive_jax.generate import networks, precision, resuming, sampler
 from longlive_jax.generate.precision import Precision
 from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, weights
@@ -19,6 +24,18 @@ CONFIG = dataclasses.replace(dit.SIZES["test"], layers=3)  # one is in the middl
 @pytest.fixture(scope="module")
 def model() -> dit.CausalDiT:
   return fill(jax.eval_shape(lambda: dit.CausalDiT(CONFIG, rngs=nnx.Rngs(0))))
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory) -> Path:
+  path = tmp_path_factory.mktemp("plain") / "dit"
+  store.save_network(path, model)
+  return path
+
+
+@pytest.fixture(autouse=True)
+def three_layers(monkeypatch):
+  monkeypatch.setitem(dit.SIZES, "three", CONFIG)
 
 
 def test_by_layer_the_edges_stay_plain(model):
@@ -32,6 +49,9 @@ def test_by_layer_the_edges_stay_plain(model):
       kept = getattr(run.ffn, name).weight[...]
       np.testing.assert_array_equal(kept[0], plain[layer])
   assert isinstance(middle.self_attn.q.weight.get_value(), weights.W4A4)
+  # The middle has the numbers that it has without edges.
+  whole = dit.split_blocks(precision.apply(model, Precision("w4a4"), 4), [1, 2])
+  assert same(middle, whole.blocks[1])
 
 
 def test_by_step_both_are_kept(model):
@@ -43,24 +63,164 @@ def test_by_step_both_are_kept(model):
   assert isinstance(value, nvfp4.NVFP4Array)
 
 
+def test_layers_are_chosen_by_pattern(model):
+  chosen = Precision("w4a16", layers=("*ffn/fc1", "head/linear"), plain_edges=1)
+  found = precision.apply(model, chosen, 4)
+  first, middle, last = dit.block_runs(found)
+  packed = [
+    isinstance(layer.weight.get_value(), nvfp4.NVFP4Array)
+    for layer in (first.ffn.fc1, middle.ffn.fc1, last.ffn.fc1, found.head.linear)
+  ]
+  assert packed == [False, True, False, True]
+  assert isinstance(middle.ffn.fc2.weight.get_value(), jax.Array)
+
+
 def test_no_mode_is_no_change(model):
-  assert precision.apply(model, Precision(plain_steps=(0,)), 4) is model
+  assert precision.apply(model, precision.PLAIN, 4) is model
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {},
+    {"layers": ("blocks/ffn/*",)},
+    {"plain_edges": 1},
+    {"plain_steps": (0,)},
+    {"plain_edges": 1, "plain_steps": (-1,)},
+  ],
+  ids=str,
+)
+def test_loading_is_applying(model, saved, settings):
+  """Packed while they are read, or from the whole plain network: the same numbers."""
+  wanted = Precision("w4a4", "static_6", "static_6", **settings)
+  source = networks.find("dit", "three", saved, precision=wanted, steps=2)
+  found = networks.load(source, "bfloat16")
+  plain = store.load_dit(saved, "bfloat16")
+  assert same(found, precision.apply(plain, wanted, 2))
+  assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+  # Random weights have these shapes, too.
+  source = networks.find("dit", "three", "random", precision=wanted, steps=2)
+  drawn = networks.load(source, "bfloat16")
+  assert jax.tree.structure(drawn) == jax.tree.structure(found)
+  for one, other in zip(*map(jax.tree.leaves, (drawn, found)), strict=True):
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def test_the_plain_network_stays_off_the_device(saved, monkeypatch):
+  """Without plain steps nothing plain is loaded to it but what stays plain."""
+
+  def load(*_):
+    raise AssertionError("the plain network was loaded")
+
+  monkeypatch.setattr(store, "load_network", load)
+  wanted = Precision("w4a16", plain_edges=1)
+  networks.load(networks.find("dit", "three", saved, precision=wanted), "float32")
+
+
+def test_from_start_to_end(saved, tmp_path, capsys):
+  """A video by layer and step; both copies of the weights are counted."""
+  config = get_config("toy,w4a4,random")
+  config.update(
+    size="three", vae="test", text="test", dit_weights=str(saved), height=32, width=64,
+    frames_per_chunk=2, window_frames=6, sink_frames=2, steps=2, decode_frames=2,
+    cache_dir=str(tmp_path / "cache"),
+  )  # fmt: skip
+
+  def go(name):
+    output, states = str(tmp_path / name), str(tmp_path / f"{name}_states")
+    result = generate.run(
+      config,
+      generate.Options(prompt=("a",), chunks=1, output=output, save_state=states),
+    )
+    assert not result["error"] and result["speed"]["frames"] == 5
+    keys = store.load(result["state"])["cache.k"].astype(np.float32)
+    return result, result["bytes"]["transformer"], keys
+
+  _, packed, keys = go("packed")
+  config.precision_plain_edges = 1
+  config.precision_plain_steps = (0,)
+  result, both, other = go("both")
+  assert np.abs(keys - other).max() > 1e-3  # what is remembered of another video
+
+  model = store.load_dit(saved)
+  plain, layers = (weights.weight_bytes(m)["float32"] for m in (model, model.blocks))
+  assert both["nvfp4"] == packed["nvfp4"] / 3
+  # All of the plain network, and of the other one its layers: the rest is shared.
+  matrices = plain - packed["float32"]  # of three layers
+  assert both["float32"] == plain + layers - matrices / 3
+  assert f"transformer {both['float32'] / 1e6:,.1f} MB" in capsys.readouterr().err
+
+  # A resumed run goes on with the settings, which JSON made lists, and may change them.
+  made_with = store.load_metadata(result["state"])["config"]
+  assert made_with["precision_plain_steps"] == [0]
+  asked = {"precision_plain_edges": 0}
+  config.update(resuming.resumed_settings(get_config(), made_with, asked))
+  assert config.precision_plain_steps == (0,) and config.precision_plain_edges == 0
+  resuming.check_resumed(config, made_with)
+
+
+def test_a_packed_checkpoint_has_layers_of_its_own(model, tmp_path):
+  quantised.save_network(tmp_path / "q", quantise(model, "w4a16"), rule="mse")
+
+  def find(**settings):
+    wanted = Precision("w4a4", **settings)
+    return networks.find("dit", "three", tmp_path / "q", precision=wanted)
+
+  assert find().precision.mode == "w4a4"
+  for settings, value in (
+    ({"layers": ("blocks/ffn/*",)}, r"\('blocks/ffn/\*',\)"),
+    ({"plain_edges": 1}, "1"),
+    ({"plain_steps": (0,)}, r"\(0,\)"),
+  ):
+    (name,) = settings
+    message = f"precision_{name}={value} cannot be chosen for dit weights=.*/q, which"
+    with pytest.raises(ValueError, match=message):
+      find(**settings)
+
+
+def refusals(mode: str, **settings) -> dict[str, str]:
+  """What describing, checking and applying a precision raise."""
+  raised = {}
+  try:
+    wanted = Precision(mode, **settings)
+  except ValueError as error:
+    return {"describe": str(error)}
+  model = store.abstract_network("dit", CONFIG)
+  for name, act in (
+    ("check", lambda: precision.check(wanted, CONFIG, 4)),
+    ("apply", lambda: jax.eval_shape(lambda m: precision.apply(m, wanted, 4), model)),
+  ):
+    with pytest.raises(ValueError) as error:
+      act()
+    raised[name] = str(error.value)
+  return raised
 
 
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"plain_edges": 2}, "plain_edges=2 must leave some of 3 layers; use at most 1"),
-    ({"plain_steps": (4,)}, r"plain_steps=\[4\] must lie within the 4 solver steps"),
-    (
-      {"plain_edges": 1, "patterns": ("*ffn/fc1",)},
-      r"patterns=\['\*ffn/fc1'\] must start with 'blocks/' for plain_edges=1",
-    ),
+    ({"mode": "fp8"}, "precision='fp8' is unknown; use w4a16, w4a4, w4a4_native, or"),
     ({"rule": "best"}, "rule='best' is unknown"),
-    ({"patterns": ("blocks/mlp/*",)}, "matches no linear layer"),
+    ({"activation_rule": "best"}, "rule='best' is unknown"),
+    ({"mode": "", "plain_edges": 1}, "precision_plain_edges=1 needs a precision, but"),
+    ({"mode": "", "plain_steps": (0,)}, "precision_plain_steps=(0,) needs a precision"),
+    ({"plain_edges": -1}, "precision_plain_edges=-1 must not be negative"),
+    ({"plain_edges": 2}, "precision_plain_edges=2 must leave some of 3 layers between"),
+    ({"plain_steps": (0, 4)}, "(0, 4) must lie within the 4 solver steps, but [4] do"),
+    ({"plain_steps": (-5,)}, "precision_plain_steps=(-5,) must lie within the 4 sol"),
+    ({"plain_steps": (0.5,)}, "precision_plain_steps=(0.5,) must be whole numbers"),
+    ({"layers": ("blocks/mlp/*",)}, "['blocks/mlp/*'] matches no linear layer; there"),
+    ({"layers": ("text_embedding/fc1",)}, "has 24 inputs, which must be a multiple"),
   ],
   ids=str,
 )
-def test_settings_that_do_not_fit(model, settings, message):
-  with pytest.raises(ValueError, match=message):
-    precision.apply(model, Precision("w4a4", **settings), 4)
+def test_settings_that_do_not_fit(settings, message):
+  raised = refusals(**{"mode": "w4a4", **settings})
+  assert raised and all(message in found for found in raised.values()), raised
+  if "layers" in settings:
+    assert raised["check"].startswith("precision_layers cannot be used: ")
+
+
+def test_arithmetic_that_this_machine_lacks():
+  with pytest.raises(ValueError, match="mode='w4a4_native' needs a Blackwell"):
+    precision.check(Precision("w4a4_native"), CONFIG, 4)

@@ -96,7 +96,7 @@ def test_w4a4_as_the_reference_computes_it():
   [(jnp.float32, "static_4", True), (jnp.bfloat16, "mse", False)],
 )
 def test_packed_and_fake_weights_agree_bit_for_bit(dtype, rule, tiles):
-  x = jnp.asarray(normal(2, 9, 64), dtype)
+  x = jnp.asarray(normal(2, 33, 64), dtype)  # more than linear.FEW_ROWS
   weight = jnp.asarray(normal(48, 64, seed=1), dtype)
   packed = quantise(weight, rule=rule, tiles=tiles)
   fake = jax.jit(functools.partial(nvfp4.fake_quantise, rule=rule, tiles=tiles))(weight)
@@ -124,6 +124,19 @@ def test_the_gradient_of_activations_is_that_of_the_rounded_weights(kind):
   x, weight = jnp.asarray(normal(2, 3, 32)), quantise(normal(16, 32, seed=1))
   outer = normal(2, 3, 16, seed=2)
   gradient = jax.jit(jax.grad(lambda x: jnp.vdot(outer, matmul(x, kind(weight)))))(x)
+  np.testing.assert_allclose(gradient, outer @ float64(weight), rtol=1e-5, atol=1e-5)
+
+
+def test_few_rows_of_packed_weights_with_their_gradient():
+  x, weight = jnp.asarray(normal(2, 3, 32)), quantise(normal(16, 32, seed=1))
+  outer = normal(2, 3, 16, seed=2)
+
+  def both(x):
+    y, backward = jax.vjp(lambda x: weights.packed_product(x, weight), x)
+    return y, *backward(jnp.asarray(outer))
+
+  y, gradient = jax.jit(both)(x)
+  np.testing.assert_allclose(y, x @ float64(weight).T, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(gradient, outer @ float64(weight), rtol=1e-5, atol=1e-5)
 
 
@@ -226,6 +239,13 @@ def test_bytes_at_the_sizes_of_the_large_model():
   )
 
 
+def test_bytes_of_what_two_networks_share_count_once():
+  plain = random_dit()
+  both = (plain, weights.quantise_weights(plain))
+  found, packed = weights.weight_bytes(both), weights.weight_bytes(both[1])
+  assert found == {**weights.weight_bytes(plain), "nvfp4": packed["nvfp4"]}
+
+
 def test_casting_leaves_quantised_weights_alone():
   packed = weights.quantise_weights(random_dit(), mode="w4a4")
   cast = state.cast(packed, jnp.bfloat16)
@@ -273,25 +293,26 @@ def test_an_attached_adapter():
 
 
 @pytest.mark.parametrize(
-  ("platform", "capability", "works"),
+  ("platform", "kind", "capability", "works"),
   [
-    ("gpu", "10.0", True),
-    ("gpu", "12.0", True),
-    ("gpu", "9.0", False),
-    ("gpu", "gfx950", False),  # AMD
-    ("tpu", None, False),
-    ("cpu", None, False),
+    ("gpu", "NVIDIA B200", "10.0", True),
+    ("gpu", "NVIDIA B300 SXM6 AC", "10.3", True),
+    ("gpu", "NVIDIA GeForce RTX 5090", "12.0", False),  # its FP4 is not tcgen05's
+    ("gpu", "NVIDIA H200", "9.0", False),
+    ("gpu", "AMD Instinct MI355X", "gfx950", False),
+    ("tpu", "TPU v6 lite", None, False),
+    ("cpu", "cpu", None, False),
   ],
 )
 def test_native_arithmetic_needs_a_device_that_has_it(
-  monkeypatch, platform, capability, works
+  monkeypatch, platform, kind, capability, works
 ):
-  device = types.SimpleNamespace(platform=platform, device_kind="this device")
+  device = types.SimpleNamespace(platform=platform, device_kind=kind)
   if capability:
     device.compute_capability = capability
   monkeypatch.setattr(jax, "devices", lambda: [device])
   if works:
     weights.check_mode("w4a4_native")
   else:
-    with pytest.raises(ValueError, match=r"not this device; use 'w4a4'"):
+    with pytest.raises(ValueError, match=f"data-centre GPU .*, not {kind}; use 'w4a4'"):
       weights.check_mode("w4a4_native")

@@ -6,41 +6,79 @@ prints one JSON line a figure and writes all to --out. "FPS" counts video frames
 before the window is full are left out, except where a name says otherwise. End to end =
 from noise to uint8 frames on the host. `dit_chunk_ms_early` and `_late` compare the
 first chunks with a full window and the last ones: a longer video must not be slower.
+
+Peaks of memory are those of the process. Compiling a decoder of full size needs more
+than running it, since convolutions are tried with up to 4 GB of scratch: for the peak
+of running, give the same --programs folder to two runs and take the second.
+
+  python tools/bench_generate.py --size=ti2v-5b --height=704 --width=1280 \
+    --precision=w4a4_native --kv_format=nvfp4 --compile_for=b200
+
+compiles a whole chunk for a GPU that is not there (any CUDA GPU must be) and counts its
+4-bit products.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
 
+import compile_for
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from longlive_jax.generate import networks
+from longlive_jax.checkpoint import store
+from longlive_jax.generate import networks, sampler
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.models import dit, vae
 from longlive_jax.quant import weights
 
-_SIZE = flags.DEFINE_string("size", "test", "Transformer size.")
-_VAE = flags.DEFINE_string("vae", "test", "VAE size.")
-_HEIGHT = flags.DEFINE_integer("height", 64, "Pixels.")
-_WIDTH = flags.DEFINE_integer("width", 64, "Pixels.")
-_CHUNKS = flags.DEFINE_integer("chunks", 8, "Chunks to generate.")
-_STEPS = flags.DEFINE_integer("steps", 4, "Solver steps.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Precision.")
-_DECODE_FRAMES = flags.DEFINE_integer("decode_frames", 1, "Latent frames a decode.")
-_LATENTS_ONLY = flags.DEFINE_bool("latents_only", False, "Leave the decoder out.")
+# Flags belong to the process only when this file is the program: tests import several.
+_FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
+_SIZE = flags.DEFINE_string("size", "test", "Transformer size.", flag_values=_FLAGS)
+_VAE = flags.DEFINE_string("vae", "test", "VAE size.", flag_values=_FLAGS)
+_HEIGHT = flags.DEFINE_integer("height", 64, "Pixels.", flag_values=_FLAGS)
+_WIDTH = flags.DEFINE_integer("width", 64, "Pixels.", flag_values=_FLAGS)
+_CHUNKS = flags.DEFINE_integer("chunks", 8, "To generate.", flag_values=_FLAGS)
+_STEPS = flags.DEFINE_integer("steps", 4, "Solver steps.", flag_values=_FLAGS)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32"], "Precision.", flag_values=_FLAGS
+)
+_DECODE_FRAMES = flags.DEFINE_integer(
+  "decode_frames", 1, "Latent frames a decode.", flag_values=_FLAGS
+)
+_LATENTS_ONLY = flags.DEFINE_bool(
+  "latents_only", False, "Leave the decoder out.", flag_values=_FLAGS
+)
 _PRECISION = flags.DEFINE_enum(
-  "precision", "", ["", "w4a16", "w4a4"], "Of the transformer's weights."
+  "precision", "", ["", *weights.MODES], "Of the weights.", flag_values=_FLAGS
 )
-_KV_FORMAT = flags.DEFINE_enum("kv_format", "", ["", "nvfp4"], "Of the cache.")
+_KV_FORMAT = flags.DEFINE_enum(
+  "kv_format", "", ["", "nvfp4"], "Of the cache.", flag_values=_FLAGS
+)
 _MEMORY_ONLY = flags.DEFINE_bool(
-  "memory_only", False, "One run with the decoder, for the peak of memory alone."
+  "memory_only", False, "One run with the decoder, for its memory.", flag_values=_FLAGS
 )
-_OUT = flags.DEFINE_string("out", "", "JSON file for the figures.")
+_PROGRAMS = flags.DEFINE_string(
+  "programs", "", "Folder that keeps compiled programs.", flag_values=_FLAGS
+)
+_COMPILE_FOR = flags.DEFINE_string(
+  "compile_for", "", "Compile for this GPU instead.", flag_values=_FLAGS
+)
+_OUT = flags.DEFINE_string("out", "", "JSON file.", flag_values=_FLAGS)
+
+
+def abstract_model(config: dit.WanConfig, dtype, precision: str) -> dit.CausalDiT:
+  """Shapes of the transformer."""
+  model = store.abstract_network("dit", config, dtype)
+  if not precision:
+    return model
+  quantise = functools.partial(weights.quantise_weights, mode=precision)
+  return jax.eval_shape(quantise, model)
 
 
 def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
@@ -69,13 +107,42 @@ def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
     return network
 
   if precision:
-    abstract = jax.eval_shape(
-      lambda: weights.quantise_weights(build(), mode=precision)
-    )
-    model = networks.random_like(abstract)
+    model = networks.random_like(abstract_model(config, dtype, precision))
   else:
     model = jax.jit(build)()
   return model, jax.jit(build_vae)()
+
+
+def chunk_elsewhere(
+  gpu: str, config: dit.WanConfig, dtype, precision: str, sampling: Sampling, y, x
+) -> dict[str, object]:
+  """Compiles a chunk for another GPU; what it calls, and the bytes it needs."""
+  mesh = compile_for.described(gpu)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    model = abstract_model(config, dtype, precision)
+  cache = jax.eval_shape(lambda: sampler.init_cache(model, sampling, 1, y, x))
+  frames = np.arange(sampling.frames_per_chunk, dtype=np.int32)[None]
+  shot = np.zeros(1, np.int32)
+  latents = np.zeros((*frames.shape, y, x, config.in_channels), np.float32)
+  chunk = sampler.ChunkInputs(
+    noise=latents,
+    text=np.zeros((1, config.text_len, config.text_dim), np.float32),
+    negative=None,
+    frames=frames,
+    temporal=sampler.chunk_temporal(config, sampling, frames, shot),
+    cut=shot > 0,
+    known=np.zeros(frames.shape, bool),
+    given=latents,
+  )
+  step = functools.partial(sampler.denoise_chunk, sampling=sampling)
+  compiled = compile_for.compile_for(mesh, step, model, cache, chunk)
+  memory = compiled.memory_analysis()
+  return {
+    "compile_for": gpu,
+    "custom_calls": compile_for.custom_calls(compiled.as_text()),
+    "argument_bytes": memory.argument_size_in_bytes,
+    "temporary_bytes": memory.temp_size_in_bytes,
+  }
 
 
 def story(config: dit.WanConfig, chunks: int) -> streaming.Story:
@@ -117,10 +184,22 @@ def main(argv: list[str]) -> None:
   del argv
   y, x = _HEIGHT.value // 16, _WIDTH.value // 16
   dtype = jnp.dtype(_DTYPE.value)
+  if _PROGRAMS.value:
+    jax.config.update("jax_compilation_cache_dir", _PROGRAMS.value)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  sampling = Sampling(steps=_STEPS.value, kv_format=_KV_FORMAT.value)
+  if _COMPILE_FOR.value:
+    config, precision = dit.size(_SIZE.value), _PRECISION.value
+    labels = {"size": _SIZE.value, "precision": precision, "steps": _STEPS.value}
+    labels["kv_format"] = _KV_FORMAT.value
+    report(
+      labels
+      | chunk_elsewhere(_COMPILE_FOR.value, config, dtype, precision, sampling, y, x)
+    )
+    return
   model, video_vae = random_networks(
     _SIZE.value, _VAE.value, dtype, _PRECISION.value
   )
-  sampling = Sampling(steps=_STEPS.value, kv_format=_KV_FORMAT.value)
   plot = story(model.config, _CHUNKS.value)
   frames = 4 * sampling.frames_per_chunk
   figures: dict[str, object] = {
@@ -143,6 +222,7 @@ def main(argv: list[str]) -> None:
     report(figures)
     return
 
+  compiled = streaming.compiled_programs()
   stamps = run(model, None, sampling, plot, y, x)
   figures["dit_first_chunk_cold_s"] = stamps[1] - stamps[0]
   stamps = run(model, None, sampling, plot, y, x)
@@ -166,7 +246,9 @@ def main(argv: list[str]) -> None:
     figures["end_to_end_fps"] = (frames * _CHUNKS.value - 3) / total
     figures["end_to_end_fps_steady"] = frames / steady
     figures["peak_bytes"] = peak_bytes()
-  figures["programs"] = streaming.compiled_programs()
+  figures["programs"] = {
+    name: count - compiled[name] for name, count in streaming.compiled_programs().items()
+  }
   report(figures)
 
 

@@ -5,7 +5,8 @@
 prints one JSON line a figure: a kernel at one of the shapes of kernels/shapes.py, in
 one implementation, with its time, the bytes a second that it has to read and write, and
 these as a share of what a copy of as many bytes reaches in the same run. Products with
-packed weights stand beside dequantising the weight before a bfloat16 product (cuBLAS).
+packed weights stand beside dequantising the weight before a bfloat16 product (cuBLAS),
+and beside this with plain weights.
 
 A time is that of one of several calls, with inputs of their own, in one program: else
 the GPU's cache would be measured. On a GPU it is how long the device was busy according
@@ -136,19 +137,23 @@ def cases(sizes: Sizes, implementation: str) -> Iterator[Case]:
       layer=layer,
     )  # fmt: skip
 
+  def plain(x: Array, weight: Array) -> Array:
+    return x @ weight.T
+
   def unpacked(x: Array, weight: nvfp4.NVFP4Array) -> Array:
     return x @ dequantise(weight, dtype=x.dtype, **use).T
 
   for layer, shape in sizes.weights.items():
     for rows in sizes.rows:
-      for kernel, function in (
-        ("matmul_w4a16", lambda x, weight: matmul_w4a16(x, weight, **use)),
-        ("dequantise_matmul", unpacked),
+      for kernel, function, weight in (
+        ("matmul_w4a16", lambda x, weight: matmul_w4a16(x, weight, **use), packed),
+        ("dequantise_matmul", unpacked, packed),
+        ("plain_matmul", plain, numbers),
       ):
         yield case(
           kernel, (rows, *shape), function,
-          lambda key, rows=rows, shape=shape: (
-            numbers(key, (rows, shape[1])), packed(key, shape)
+          lambda key, rows=rows, shape=shape, weight=weight: (
+            numbers(key, (rows, shape[1])), weight(key, shape)
           ),
           layer=layer,
         )  # fmt: skip

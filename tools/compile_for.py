@@ -85,25 +85,49 @@ def compile_for(
 
 
 def custom_calls(text: str) -> dict[str, int]:
-  """Counts the custom calls of a compiled program by target.
+  """Counts what one run of a compiled program calls, by target.
 
   Args:
     text: HLO, `compiled.as_text()`.
 
   Returns:
-    Calls by target, and among them "native_fp4": Triton kernels whose code has a
-    block-scaled 4-bit product, and cuDNN's block-scaled products. A call in a loop
-    counts once.
+    Calls by target, those in loops as often as the loop runs, and among them
+    "native_fp4": Triton kernels whose code has a block-scaled 4-bit product, and
+    cuDNN's block-scaled products. All branches of a conditional count.
   """
+  computations = _computations(text)
   counts: collections.Counter[str] = collections.Counter(native_fp4=0)
-  for line in text.splitlines():
-    if not (target := re.search(r'custom_call_target="([^"]*)"', line)):
-      continue
-    counts[target[1]] += 1
-    counts["native_fp4"] += "blockScaled" in target[1] or b"mxf4nvf4" in _triton_code(
-      line
-    )
+
+  def visit(name: str, times: int) -> None:
+    for line in computations[name]:
+      if target := re.search(r'custom_call_target="([^"]*)"', line):
+        counts[target[1]] += times
+        native = "blockScaled" in target[1] or b"mxf4nvf4" in _triton_code(line)
+        counts["native_fp4"] += times * native
+      trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+      for called in re.findall(r"%[\w.-]+", line.partition("(")[2]):
+        if called in computations:
+          visit(called, times * (int(trips[1]) if trips else 1))
+
+  visit(next(iter(computations)), 1)
   return dict(counts)
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """Lines of every computation by name, the entry first."""
+  found: dict[str, list[str]] = {}
+  entry = lines = None
+  for line in text.splitlines():
+    if head := re.match(r"(ENTRY )?(%[\w.-]+) .*\{$", line):
+      lines = found.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    elif line.startswith("}"):
+      lines = None
+    elif lines is not None:
+      lines.append(line)
+  if entry is None:
+    raise ValueError("text has no ENTRY computation; it must be compiled.as_text()")
+  return {entry: found.pop(entry), **found}
 
 
 def _triton_code(line: str) -> bytes:

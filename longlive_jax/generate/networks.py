@@ -16,9 +16,10 @@ from flax import nnx
 
 import longlive_jax
 from longlive_jax.checkpoint import quantised, store
+from longlive_jax.generate import precision as precisions
+from longlive_jax.generate.precision import PLAIN, Precision
 from longlive_jax.models.text import Tokenizer
-from longlive_jax.quant import nvfp4
-from longlive_jax.quant import weights as quant_weights
+from longlive_jax.quant.weights import BLOCK_LINEARS
 
 SHIPPED = Path(longlive_jax.__file__).parent / "assets" / "toy"
 
@@ -36,6 +37,9 @@ class Choice:
       one that is quantised already in this way; '' leaves it as its checkpoint is.
     precision_rule: of `nvfp4.RULES`, for `precision`; of a quantised checkpoint, its
       own.
+    precision_layers, precision_plain_edges, precision_plain_steps: of `Precision`;
+      a quantised checkpoint has its own.
+    steps: of the solver; the plain ones are among them.
   """
 
   size: str = "toy"
@@ -48,6 +52,10 @@ class Choice:
   tokenizer: str = ""
   precision: str = ""
   precision_rule: str = "static_6"
+  precision_layers: tuple[str, ...] = BLOCK_LINEARS
+  precision_plain_edges: int = 0
+  precision_plain_steps: tuple[int, ...] = ()
+  steps: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +66,15 @@ class Source:
     kind: 'dit', 'vae' or 'umt5'.
     config: its sizes.
     path: checkpoint folder, or None for random weights.
-    precision, rule: how to quantise it on loading; '' not at all.
+    precision: how to quantise it on loading, or to use it if it is quantised.
+    steps: solver steps, which precision may depend on.
   """
 
   kind: str
   config: Any
   path: Path | None
-  precision: str = ""
-  rule: str = "mse"
+  precision: Precision = PLAIN
+  steps: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +101,16 @@ def find_all(choice: Choice) -> Sources:
   """Finds the networks of a run; reads only their records.
 
   Raises:
-    ValueError: as `find`, or they do not fit each other.
+    ValueError: as `Precision` and `find`, or they do not fit each other.
   """
+  precision = Precision(
+    choice.precision,
+    rule=choice.precision_rule,
+    activation_rule=choice.precision_rule,
+    layers=choice.precision_layers,
+    plain_edges=choice.precision_plain_edges,
+    plain_steps=choice.precision_plain_steps,
+  )
   parts = (choice.dit_weights, choice.vae_weights, choice.text_weights)
   needs_folder = not all(parts) or not choice.tokenizer
   folder = folder_of(choice.weights, choice.size) if needs_folder else None
@@ -105,8 +122,8 @@ def find_all(choice: Choice) -> Sources:
     "dit",
     choice.size,
     weights(choice.dit_weights, "dit"),
-    precision=choice.precision,
-    rule=choice.precision_rule,
+    precision=precision,
+    steps=choice.steps,
   )
   vae = find("vae", choice.vae, weights(choice.vae_weights, "vae"))
   text = find("umt5", choice.text, weights(choice.text_weights, "text"))
@@ -123,8 +140,8 @@ def find(
   size: str,
   weights: str | Path,
   *,
-  precision: str = "",
-  rule: str = "mse",
+  precision: Precision = PLAIN,
+  steps: int = 4,
 ) -> Source:
   """Finds a network's weights; reads only their record.
 
@@ -132,25 +149,21 @@ def find(
     kind: 'dit', 'vae' or 'umt5'.
     size: a name in the kind's table of sizes.
     weights: checkpoint folder, or 'random'.
-    precision: '', 'w4a16' or 'w4a4': quantises on loading, by `rule`; of weights that
-      are quantised by this rule already, what they are used for.
+    precision: of a transformer, quantises it on loading, activations by the rule of the
+      weights; of weights that are quantised by it already, says what they are used for.
+    steps: solver steps.
 
   Raises:
-    ValueError: unknown size, precision or rule; a folder that is missing, damaged, or
-      holds something else; a precision for weights that are quantised by another rule.
+    ValueError: unknown size; a precision that it cannot have (`precision.check`); a
+      folder that is missing, damaged, or holds something else; a precision for weights
+      that are quantised already in another way.
   """
   sizes = store.NETWORKS[kind][2]
   if size not in sizes:
     raise ValueError(f"{kind} size={size!r} is unknown; use one of {sorted(sizes)}")
-  if precision:
-    if precision not in quant_weights.MODES:
-      raise ValueError(
-        f"precision={precision!r} is unknown; use {', '.join(quant_weights.MODES)}"
-      )
-    quant_weights.check_mode(precision)
-    nvfp4.rule_of(rule)
+  precisions.check(precision, sizes[size], steps)
   if weights == "random":
-    return Source(kind, sizes[size], None, precision, rule)
+    return Source(kind, sizes[size], None, precision, steps)
   path = Path(weights).expanduser()
   try:
     record = store.load_metadata(path)
@@ -166,14 +179,32 @@ def find(
       f"dit weights={path} are of size {record.get('size')!r}, but size={size!r}; give "
       "matching --config.size and --config.dit_weights"
     )
-  if precision and store.is_packed(record) and quantised.packed_rule(record) != rule:
-    packed = quantised.packed_rule(record)
+  if precision.mode and store.is_packed(record):
+    check_packed(path, quantised.packed_rule(record), precision)
+  return Source(kind, config, path, precision, steps)
+
+
+def check_packed(path: Path, rule: str, precision: Precision) -> None:
+  """What weights that are quantised already by `rule` can still be used for.
+
+  Raises:
+    ValueError: a precision of another rule, or one that chooses layers or needs plain
+      weights.
+  """
+  if precision.rule != rule:
     raise ValueError(
-      f"{kind} weights={path} are quantised already by rule={packed!r} and cannot be "
-      f"again by {rule!r}; use precision_rule={packed!r} for precision={precision!r} "
-      "with the numbers they have, or give the weights they were made from"
+      f"dit weights={path} are quantised already by rule={rule!r} and cannot be again "
+      f"by {precision.rule!r}; use precision_rule={rule!r} for "
+      f"precision={precision.mode!r} with the numbers they have, or give the weights "
+      "they were made from"
     )
-  return Source(kind, config, path, precision, rule)
+  for name in ("layers", "plain_edges", "plain_steps"):
+    value = getattr(precision, name)
+    if value != getattr(PLAIN, name):
+      raise ValueError(
+        f"precision_{name}={value} cannot be chosen for dit weights={path}, which are "
+        "quantised already; leave it out, or give the weights they were made from"
+      )
 
 
 def folder_of(weights: str, size: str) -> Path | None:
@@ -226,14 +257,35 @@ def load(source: Source, dtype: str) -> Any:
   A quantised checkpoint is loaded as it is; a precision then says what its weights are
   multiplied with.
   """
-  kind, path, precision, rule = source.kind, source.path, source.precision, source.rule
+  kind, path, precision = source.kind, source.path, source.precision
   if path is None:
     return _random(source, jnp.dtype(dtype))
   if store.is_packed(store.load_metadata(path)):
-    return quantised.load_network(path, kind, dtype, mode=precision)
-  if precision:
-    return quantised.quantise_network(path, kind, dtype, mode=precision, rule=rule)
-  return store.load_network(path, kind, dtype)
+    return quantised.load_network(path, kind, dtype, mode=precision.mode)
+  if not precision.mode or precision.plain_steps:
+    plain = store.load_network(path, kind, dtype)
+    return precisions.apply(plain, precision, source.steps)
+  # Without plain steps the device never holds the whole plain network.
+  packed = quantised.quantise_network(
+    path,
+    kind,
+    dtype,
+    mode=precision.mode,
+    rule=precision.rule,
+    layers=precision.layers,
+  )
+  if not precision.plain_edges:
+    return packed
+  plain = _on_host(path, store.abstract_network(kind, source.config, jnp.dtype(dtype)))
+  return precisions.keep_edges(packed, plain, precision.plain_edges)
+
+
+def _on_host(path: Path, abstract: Any) -> Any:
+  """A plain network in host memory: numpy arrays come back where they are asked for."""
+  host = jax.tree.map(
+    lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract
+  )
+  return store.load(path, host)
 
 
 def _random(source: Source, dtype: jnp.dtype) -> Any:
@@ -242,15 +294,11 @@ def _random(source: Source, dtype: jnp.dtype) -> Any:
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
     return store.NETWORKS[source.kind][0](source.config, dtype=dtype, rngs=rngs)
 
-  if not source.precision:
+  if not source.precision.mode:
     return build()
-  quantise = functools.partial(
-    quant_weights.quantise_weights,
-    mode=source.precision,
-    rule=source.rule,
-    activation_rule=source.rule,
+  return random_like(
+    jax.eval_shape(lambda: precisions.apply(build(), source.precision, source.steps))
   )
-  return random_like(jax.eval_shape(lambda: quantise(build())))
 
 
 def random_like(abstract: Any) -> Any:

@@ -9,19 +9,26 @@ tools/eval_precision.py.
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.checkpoint import store
 from longlive_jax.generate.sampler import Model, StepModels
 from longlive_jax.models import dit
-from longlive_jax.quant import weights
+from longlive_jax.quant import nvfp4, weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
   """Number formats of the transformer's weights and activations.
 
+  Settings of a run are called `precision` (the mode) and `precision_...`; so they are
+  in what is raised.
+
   Attributes:
     mode: '' (plain) or one of `weights.MODES`.
     rule, activation_rule: of `nvfp4.RULES`.
-    patterns: of the layers that are quantised, see `weights.quantise_weights`.
+    layers: patterns of those that are quantised, see `weights.quantise_weights`.
     plain_edges: how many first and how many last layers keep plain weights.
     plain_steps: solver steps with plain weights; negative ones count from the last.
   """
@@ -29,51 +36,115 @@ class Precision:
   mode: str = ""
   rule: str = "mse"
   activation_rule: str = "mse"
-  patterns: tuple[str, ...] = weights.BLOCK_LINEARS
+  layers: tuple[str, ...] = weights.BLOCK_LINEARS
   plain_edges: int = 0
   plain_steps: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.mode not in ("", *weights.MODES):
+      raise ValueError(
+        f"precision={self.mode!r} is unknown; use {', '.join(weights.MODES)}, or '' "
+        "for none"
+      )
+    for name in (self.rule, self.activation_rule):
+      nvfp4.rule_of(name)
+    for name in ("plain_edges", "plain_steps"):
+      value = getattr(self, name)
+      if value and not self.mode:
+        raise ValueError(
+          f"precision_{name}={value} needs a precision, but precision='' quantises "
+          f"nothing; use one of {', '.join(weights.MODES)} with it, or leave it out"
+        )
+    if self.plain_edges < 0:
+      raise ValueError(
+        f"precision_plain_edges={self.plain_edges} must not be negative; use 1 for the "
+        "first and the last layer"
+      )
+    if not all(isinstance(step, int) for step in self.plain_steps):
+      raise ValueError(
+        f"precision_plain_steps={self.plain_steps} must be whole numbers; use (0, -1) "
+        "for the first and the last step"
+      )
+
+
+PLAIN = Precision()
+
+
+def check(precision: Precision, config: dit.WanConfig, steps: int) -> None:
+  """Whether a transformer of these sizes can be had so; builds nothing.
+
+  Raises:
+    ValueError: arithmetic that this machine lacks, layers that are not there or do not
+      fit, plain_edges that leave none, plain_steps that do not exist.
+  """
+  if not precision.mode:
+    return
+  weights.check_mode(precision.mode)
+  _check_numbers(precision, config.layers, steps)
+  network = store.abstract_network("dit", config)
+  try:
+    jax.eval_shape(lambda plain: _quantise(plain, precision), network)
+  except ValueError as error:
+    raise ValueError(f"precision_layers cannot be used: {error}") from error
 
 
 def apply(model: dit.CausalDiT, precision: Precision, steps: int) -> Model:
   """The network in these formats, for `steps` solver steps.
 
   Raises:
-    ValueError: plain_edges that leave no layer or cannot be told from the patterns,
-      plain_steps that do not exist, or as `weights.quantise_weights`.
+    ValueError: as `check`, or a network that is quantised already.
   """
   if not precision.mode:
     return model
-  layers, edges, base = model.config.layers, precision.plain_edges, model
-  patterns = precision.patterns
-  if edges:
-    if not 0 < edges < layers / 2:
-      raise ValueError(
-        f"plain_edges={edges} must leave some of {layers} layers; use at most "
-        f"{(layers - 1) // 2}"
-      )
-    strange = [p for p in patterns if not p.startswith("blocks/")]
-    if strange:
-      raise ValueError(
-        f"patterns={strange} must start with 'blocks/' for plain_edges={edges} to say "
-        "which blocks they mean"
-      )
-    base = dit.split_blocks(model, [edges, layers - edges])
-    # The middle run is number 1: "blocks/..." becomes "blocks/1/...".
-    patterns = tuple(
-      pattern.replace("blocks/", "blocks/1/", 1) for pattern in patterns
+  _check_numbers(precision, model.config.layers, steps)
+  packed = _quantise(model, precision)
+  if precision.plain_edges:
+    packed = keep_edges(packed, model, precision.plain_edges)
+  if not precision.plain_steps:
+    return packed
+  plain = {step % steps for step in precision.plain_steps}
+  choice = tuple(0 if step in plain else 1 for step in range(steps))
+  return StepModels((model, packed), (*choice, 1))
+
+
+def keep_edges(
+  packed: dit.CausalDiT, plain: dit.CausalDiT, edges: int
+) -> dit.CausalDiT:
+  """The packed network with the first and the last `edges` layers of the plain one.
+
+  Args:
+    packed: with one run of layers.
+    plain: the same network; its arrays may be in host memory.
+    edges: more than 0 and less than half of the layers.
+  """
+  last = plain.config.layers - edges
+  mixed = dit.split_blocks(packed, [edges, last])
+  for run, kept in ((0, slice(edges)), (2, slice(last, None))):
+    mixed.blocks[run] = jax.tree.map(
+      lambda leaf, kept=kept: jnp.asarray(leaf[kept]), plain.blocks
     )
-  packed = weights.quantise_weights(
-    base,
-    patterns,
+  return mixed
+
+
+def _quantise(model: dit.CausalDiT, precision: Precision) -> dit.CausalDiT:
+  return weights.quantise_weights(
+    model,
+    precision.layers,
     mode=precision.mode,
     rule=precision.rule,
     activation_rule=precision.activation_rule,
   )
-  if not precision.plain_steps:
-    return packed
+
+
+def _check_numbers(precision: Precision, layers: int, steps: int) -> None:
+  if 2 * precision.plain_edges >= layers:
+    raise ValueError(
+      f"precision_plain_edges={precision.plain_edges} must leave some of {layers} "
+      f"layers between the first and the last; use at most {(layers - 1) // 2}"
+    )
   wrong = [step for step in precision.plain_steps if not -steps <= step < steps]
   if wrong:
-    raise ValueError(f"plain_steps={wrong} must lie within the {steps} solver steps")
-  plain = {step % steps for step in precision.plain_steps}
-  choice = tuple(0 if step in plain else 1 for step in range(steps))
-  return StepModels((model, packed), (*choice, 1))
+    raise ValueError(
+      f"precision_plain_steps={precision.plain_steps} must lie within the {steps} "
+      f"solver steps, but {wrong} do not; use {-steps} to {steps - 1}"
+    )

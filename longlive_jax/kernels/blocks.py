@@ -1,9 +1,10 @@
 """Triton functions that the kernels share: blocks of 16 to 4 bits and back (SPEC 9).
 
 They follow `quant/nvfp4.py` operation by operation, in float32 and with divisions that
-round correctly (launches forbid fusing products with sums), so codes and scales are the same bits. A thread holds a block as two
-halves of 8, `a` and `b`, each (blocks, 8): what a 16-byte load of bf16 gives it. So
-nothing is computed twice or exchanged between threads.
+round correctly (and launches forbid fusing products with sums), so codes and scales are
+the same bits. A thread holds a block as two halves of 8, `a` and `b`, each (blocks, 8):
+what a 16-byte load of bf16 gives it. So nothing is computed twice or exchanged between
+threads.
 
 A scale of 4 over 6 costs 40 instructions a number and not the bandwidth, so what is
 done for every number is done with few. Small floats are handled through their bits: an

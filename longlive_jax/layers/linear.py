@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from longlive_jax.kernels import launch
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.quant import nvfp4, training, weights
 
@@ -39,10 +40,15 @@ def matmul_rule(weight: Any, x: Array) -> Array:
   )
 
 
+# On an H200 up to here a kernel that reads packed weights is the faster: 0.025 instead
+# of 0.057 ms for 16 rows, and 2.13 instead of 0.79 for the 7,040 of a chunk.
+FEW_ROWS = 64
+
+
 @matmul_rule.register
 def _w4a16(weight: nvfp4.NVFP4Array, x: Array) -> Array:
-  # At the thousands of rows of a chunk, dequantising is a small part of the product
-  # (H200: 0.91 ms for 7,040 rows, a kernel that reads packed weights 2.84).
+  if x.size // x.shape[-1] <= FEW_ROWS and launch.on_triton(None):
+    return weights.packed_product(x, weight)
   return matmul_rule(dequantise(weight, dtype=x.dtype), x)
 
 

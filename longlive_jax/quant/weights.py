@@ -6,7 +6,8 @@ A weight is a pytree that stands where the array (out, in) stood. Networks do no
 out single ones.
 
   type         activations                          product
-  NVFP4Array   as they are                          in their dtype, of dequantised
+  NVFP4Array   as they are                          in their dtype, of dequantised or,
+                                                    for few rows, of packed weights
   W4A4         quantised too, along `in`            in 4 bits, simulated or native
 """
 
@@ -22,7 +23,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from longlive_jax.kernels.nvfp4_matmul import matmul_w4a4
+from longlive_jax.kernels import launch
+from longlive_jax.kernels.nvfp4_matmul import NATIVE, matmul_w4a4, matmul_w4a16
+from longlive_jax.kernels.nvfp4_quantise import quantise
 from longlive_jax.quant import nvfp4
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
 from longlive_jax.quant.product import product, scaled, tensor_factor
@@ -49,8 +52,8 @@ class W4A4:
     per_sample: static. One tensor scale for each index of the first axis of the
       activations, so that no video of a batch changes another. False: one for all, as
       the reference has it.
-    native: static. The product may use the FP4 instructions of a Blackwell GPU; the
-      numbers are those of the simulation but for the order of float32 sums.
+    native: static. The product may use the FP4 instructions of a Blackwell data-centre
+      GPU; the numbers are those of the simulation but for the order of float32 sums.
   """
 
   weight: NVFP4Array
@@ -102,18 +105,13 @@ def check_mode(mode: str) -> None:
   """Raises ValueError for a mode that is unknown or that this machine cannot run."""
   if mode not in MODES:
     raise ValueError(f"mode={mode!r} is unknown; use {', '.join(MODES)}")
-  if mode == "w4a4_native" and not _has_fp4(jax.devices()[0]):
+  # Asked as the kernel asks: elsewhere the product would quietly be the simulation.
+  if mode == "w4a4_native" and launch.compute_capability() not in NATIVE:
     raise ValueError(
-      f"mode={mode!r} needs an NVIDIA GPU of compute capability 10 or more "
-      f"(Blackwell), not {jax.devices()[0].device_kind}; use 'w4a4', which gives the "
-      "same numbers, or 'w4a16', which is the faster on other devices"
+      f"mode={mode!r} needs a Blackwell data-centre GPU (B200 or B300, of compute "
+      f"capability 10), not {jax.devices()[0].device_kind}; use 'w4a4' for the same "
+      "numbers, or 'w4a16', which is the faster on other devices"
     )
-
-
-def _has_fp4(device: jax.Device) -> bool:
-  capability = str(getattr(device, "compute_capability", ""))
-  major = capability.partition(".")[0]  # "10.0"; AMD has names such as "gfx942"
-  return device.platform == "gpu" and major.isdigit() and int(major) >= 10
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -183,10 +181,12 @@ def _check_plain(name: str, weight: Any) -> None:
 def weight_bytes(model: Any) -> dict[str, int]:
   """Bytes of a network by precision, largest first: {"nvfp4": ..., "bfloat16": ...}.
 
-  Scales count as part of the numbers they belong to. The tree may be abstract.
+  Scales count as part of the numbers they belong to, and an array that stands in two
+  places once. The tree may be abstract.
   """
   found: dict[str, int] = {}
-  for leaf in jax.tree.leaves(model, is_leaf=lambda n: isinstance(n, NVFP4Array)):
+  leaves = jax.tree.leaves(model, is_leaf=lambda n: isinstance(n, NVFP4Array))
+  for leaf in {id(leaf): leaf for leaf in leaves}.values():
     packed = isinstance(leaf, NVFP4Array)
     name = "nvfp4" if packed else leaf.dtype.name
     size = leaf.nbytes if packed else leaf.size * leaf.dtype.itemsize
@@ -208,7 +208,7 @@ def quantised_product(x: Array, weight: W4A4) -> Array:
     (..., out).
   """
   batch_axes = int(weight.per_sample and x.ndim > 1)
-  packed = nvfp4.quantise(x, rule=weight.rule, batch_axes=batch_axes)
+  packed = quantise(x, rule=weight.rule, batch_axes=batch_axes)
   multiply = native_product if weight.native else product
   return multiply(packed, weight.weight).astype(x.dtype)
 
@@ -220,12 +220,24 @@ def native_product(a: NVFP4Array, b: NVFP4Array) -> Array:
   return scaled(matmul_w4a4(unit, b, dtype=jnp.float32), tensor_factor(a))
 
 
-def _forward(x: Array, weight: W4A4) -> tuple[Array, W4A4]:
-  return quantised_product(x, weight), weight
+@jax.custom_vjp
+def packed_product(x: Array, weight: NVFP4Array) -> Array:
+  """`x @ weight.T`, weights unpacked inside the product; the weight gets no gradient.
+
+  Args:
+    x: (..., in), few rows.
+    weight: (out, in).
+
+  Returns:
+    (..., out) in the dtype of x. The tensor scale multiplies the sum: not the bits of
+    a product with dequantised weights, but nearer to the exact one.
+  """
+  return matmul_w4a16(x, weight)
 
 
-def _backward(weight: W4A4, gradient: Array) -> tuple[Array, None]:
-  return gradient @ nvfp4.dequantise(weight.weight, gradient.dtype), None
+def _backward(weight: NVFP4Array, gradient: Array) -> tuple[Array, None]:
+  return gradient @ nvfp4.dequantise(weight, gradient.dtype), None
 
 
-quantised_product.defvjp(_forward, _backward)
+quantised_product.defvjp(lambda x, w: (quantised_product(x, w), w.weight), _backward)
+packed_product.defvjp(lambda x, w: (packed_product(x, w), w), _backward)
