@@ -209,6 +209,27 @@ def test_half_precision_is_close(model):
   assert error < 0.05
 
 
+@pytest.mark.parametrize("starts", [(), (1,)])
+def test_text_keys_stand_for_the_text(model, starts):
+  model = dit.split_blocks(model, starts) if starts else model
+  time = features(np.full((B, F), 500.0))
+  positions = np.broadcast_to(np.arange(F), (B, F))
+  temporal = rope.temporal_rotation(positions, CONFIG.head_dim)
+
+  @jax.jit
+  def both(model, x, text):
+    attend = dit.attend_all(model.rotation(temporal, Y, X))
+    text = model.embed_text(text)  # two segments
+    keys = model.text_keys(text)
+    assert keys.k.shape[:3] == (CONFIG.layers, 2 * B, CONFIG.text_len)
+    return [model(x, time, t, attend)[0] for t in (text, keys)]
+
+  plain, known = both(model, latents(), prompts(2))
+  np.testing.assert_allclose(known, plain, atol=1e-5)
+  other, _ = both(model, latents(), prompts(2)[:, ::-1])
+  assert not np.allclose(other, plain, atol=1e-3)
+
+
 # ------------------------------------------------------------------ training masks
 def test_one_chunk_is_the_bidirectional_model(model):
   t = features(np.full((B, F), 500.0))

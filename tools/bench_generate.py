@@ -246,9 +246,8 @@ def main(argv: list[str]) -> None:
     figures["end_to_end_fps"] = (frames * _CHUNKS.value - 3) / total
     figures["end_to_end_fps_steady"] = frames / steady
     figures["peak_bytes"] = peak_bytes()
-  figures["programs"] = {
-    name: count - compiled[name] for name, count in streaming.compiled_programs().items()
-  }
+  programs = streaming.compiled_programs()
+  figures["programs"] = {name: programs[name] - compiled[name] for name in programs}
   report(figures)
 
 

@@ -180,24 +180,19 @@ class StepModels:
 Model = dit.CausalDiT | StepModels
 
 
-def _runs(model: Model, steps: int) -> list[tuple[dit.CausalDiT, int, int]]:
-  """Model, first step and end of every run of solver steps with the same model."""
+def _models(model: Model) -> tuple[dit.CausalDiT, ...]:
+  return model.models if isinstance(model, StepModels) else (model,)
+
+
+def _choice(model: Model, steps: int) -> tuple[int, ...]:
+  """Which of the models each solver step uses and, last, the clean pass."""
   if not isinstance(model, StepModels):
-    return [(model, 0, steps)]
+    return (0,) * (steps + 1)
   if len(model.choice) != steps + 1:
     raise ValueError(
       f"choice={model.choice} must have {steps} solver steps and the clean pass"
     )
-  runs, first = [], 0
-  for which, group in itertools.groupby(model.choice[:steps]):
-    end = first + len(list(group))
-    runs.append((model.models[which], first, end))
-    first = end
-  return runs
-
-
-def _clean_model(model: Model) -> dit.CausalDiT:
-  return model.models[model.choice[-1]] if isinstance(model, StepModels) else model
+  return model.choice
 
 
 def init_cache(
@@ -224,7 +219,7 @@ def cached_forward(
   placement: kv_cache.Placement,
   latents: Array,
   time: Array,
-  text: Array,
+  text: Array | dit.TextKeys,
   temporal: rope.Rotation,
   *,
   t_scale: float = 1.0,
@@ -234,7 +229,7 @@ def cached_forward(
 
   Args:
     latents: (b, f, y, x, c). time: features (b, f, freq_dim).
-    text: embedded text (b, segments, text_len, D).
+    text: embedded text (b, segments, text_len, D), or keys of it.
     temporal: rotation of the chunk's frames (b, f, pairs); unused when the cache
       rotates by window position.
     t_scale: factor on window positions (relative RoPE).
@@ -296,13 +291,18 @@ def clean_pass(
   latents: Array,
   chunk: ChunkInputs,
   sampling: Sampling,
+  text: dit.TextKeys | None = None,
 ) -> kv_cache.KVCache:
   """Writes finished latents (b, f, y, x, c) into the cache, at timestep 0.
 
   On a cut the cache is reset first (clean_recache) and the chunk becomes the shot sink
   afterwards.
+
+  Args:
+    text: keys of the chunk's prompts, if they are known already.
   """
-  rows, model = sampling.branches, _clean_model(model)
+  rows = sampling.branches
+  model = _models(model)[_choice(model, sampling.steps)[-1]]
   frames = jnp.repeat(chunk.frames, rows, axis=0)
   cut = jnp.repeat(chunk.cut, rows, axis=0) & sampling.pins
   if sampling.clean_recache:
@@ -315,7 +315,7 @@ def clean_pass(
     placement,
     jnp.repeat(latents, rows, axis=0),
     zero,
-    _text(model, chunk),
+    _text(model, chunk) if text is None else text,
     _repeat(chunk.temporal, rows),
     t_scale=sampling.t_scale,
     keep=True,
@@ -349,7 +349,7 @@ def denoise_chunk(
   temporal = _repeat(chunk.temporal, rows)
 
   def velocity(
-    model: dit.CausalDiT, text: Array, latents: Array, features: Array
+    model: dit.CausalDiT, text: dit.TextKeys, latents: Array, features: Array
   ) -> Array:
     # Given frames are clean: their timestep is 0 in every pass.
     time = jnp.where(chunk.known[:, :, None], times[-1], features)
@@ -368,22 +368,28 @@ def denoise_chunk(
     positive, negative = v[0::2], v[1::2]
     return negative + sampling.guidance * (positive - negative)
 
-  def step(model: dit.CausalDiT, text: Array, state: schedule.SolverState, row):
+  def step(
+    model: dit.CausalDiT, text: dit.TextKeys, state: schedule.SolverState, row
+  ):
     solver_row, features = row
     clamped = jnp.where(known, chunk.given, state.x)
     state = dataclasses.replace(state, x=clamped)
     v = velocity(model, text, state.x, features)
     return schedule.solver_step(solver_row, state, v), None
 
+  choice, models = _choice(model, len(table.timesteps)), _models(model)
+  texts = [_text(each, chunk) for each in models]  # once, not in each pass
   with jax.named_scope("denoise"):
-    state = schedule.solver_init(chunk.noise)
-    for part, first, end in _runs(model, len(table.timesteps)):
+    state, first = schedule.solver_init(chunk.noise), 0
+    for which, group in itertools.groupby(choice[:-1]):
+      end = first + len(list(group))
       inputs = jax.tree.map(lambda a, i=first, j=end: a[i:j], (table.rows, times[:-1]))
-      text = _text(part, chunk)
-      state, _ = lax.scan(functools.partial(step, part, text), state, inputs)
+      run = functools.partial(step, models[which], texts[which])
+      (state, _), first = lax.scan(run, state, inputs), end
     latents = jnp.where(known, chunk.given, state.x)
   with jax.named_scope("clean_pass"):
-    return latents, clean_pass(model, cache, latents, chunk, sampling)
+    text = texts[choice[-1]]
+    return latents, clean_pass(model, cache, latents, chunk, sampling, text)
 
 
 def rollout(
@@ -475,13 +481,12 @@ def chunk_temporal(
   return rope.temporal_rotation(positions, config.head_dim)
 
 
-def _text(model: dit.CausalDiT, chunk: ChunkInputs) -> Array:
-  """Embedded prompts of all rows, (b * branches, 1, text_len, D)."""
+def _text(model: dit.CausalDiT, chunk: ChunkInputs) -> dit.TextKeys:
+  """Keys of the prompts of all rows, b * branches."""
   text = chunk.text[:, None]
   if chunk.negative is not None:
     text = jnp.stack([chunk.text, chunk.negative], axis=1)
-  text = model.embed_text(text)
-  return text.reshape(-1, 1, *text.shape[2:])
+  return model.text_keys(model.embed_text(text.reshape(-1, 1, *text.shape[2:])))
 
 
 def _repeat(rotation: rope.Rotation, rows: int) -> rope.Rotation:

@@ -158,6 +158,19 @@ class AttentionProjections(nnx.Module):
     return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextKeys:
+  """What cross-attention makes of prompts: the same in every pass over a chunk.
+
+  Attributes:
+    k, v: (l, b * segments, text_len, n, d); of one layer without l.
+  """
+
+  k: Array
+  v: Array
+
+
 class Block(nnx.Module):
   """Modulated self-attention, cross-attention, modulated feed-forward (SPEC 2.4)."""
 
@@ -172,9 +185,14 @@ class Block(nnx.Module):
     self.eps = config.eps
 
   def __call__(
-    self, x: Array, table: Array, text: Array, attend: Attend, layer: Any
+    self,
+    x: Array,
+    table: Array,
+    text: Array | TextKeys,
+    attend: Attend,
+    layer: Any,
   ) -> tuple[Array, Any]:
-    """Args: x (b, f, p, D); table (b, f, 6, D); text (b, segments, k, D)."""
+    """Args: x (b, f, p, D); table (b, f, 6, D); text (b, segments, k, D) or keys."""
     shift1, scale1, gate1, shift2, scale2, gate2 = self.rows(table)
     h, handed_out = self.attend_self(self.modulate(x, scale1, shift1), attend, layer)
     x = x + gate1 * h
@@ -198,17 +216,20 @@ class Block(nnx.Module):
     out, handed_out = attend(layer, q, k, v)
     return self.self_attn.output(out).reshape(b, f, p, dim), handed_out
 
-  def attend_text(self, h: Array, text: Array) -> Array:
-    """Cross-attention, no mask: h (b, f, p, D), text (b, segments, k, D).
+  def attend_text(self, h: Array, text: Array | TextKeys) -> Array:
+    """Cross-attention, no mask: h (b, f, p, D), text (b, segments, k, D) or its keys.
 
     The tokens of a sample are cut into `segments` equal consecutive pieces; piece i
     sees prompt i (SPEC 2.2).
     """
-    b, segments = text.shape[:2]
-    pieces = h.reshape(b * segments, -1, h.shape[-1])
+    keys = text if isinstance(text, TextKeys) else self.text_keys(text)
+    pieces = h.reshape(len(keys.k), -1, h.shape[-1])
     q = self.cross_attn.queries(pieces)
-    k, v = self.cross_attn.keys_values(text.reshape(b * segments, *text.shape[2:]))
-    return self.cross_attn.output(attn.attention(q, k, v)).reshape(h.shape)
+    return self.cross_attn.output(attn.attention(q, keys.k, keys.v)).reshape(h.shape)
+
+  def text_keys(self, text: Array) -> TextKeys:
+    """Keys of embedded prompts (b, segments, k, D) for this layer."""
+    return TextKeys(*self.cross_attn.keys_values(text.reshape(-1, *text.shape[2:])))
 
 
 class Head(nnx.Module):
@@ -266,6 +287,19 @@ class CausalDiT(nnx.Module):
     text = jnp.pad(text, [(0, 0)] * (text.ndim - 2) + [(0, short), (0, 0)])
     return self.text_embedding(text.astype(self.dtype))
 
+  def text_keys(self, text: Array) -> TextKeys:
+    """Keys of embedded prompts (b, segments, text_len, D) for all layers.
+
+    For several passes with the same prompts. They take 2 l times the memory of the
+    embedding, so training, which has one pass and many prompts, does without.
+    """
+
+    def step(_, block):
+      return None, block.text_keys(text)
+
+    parts = [lax.scan(step, None, run)[1] for run in block_runs(self)]
+    return parts[0] if len(parts) == 1 else _join(parts)
+
   def embed_time(self, time: Array) -> tuple[Array, Array]:
     """Time features (b, f, freq_dim) -> e (b, f, D) and table (b, f, 6, D)."""
     e = self.time_embedding(time.astype(self.dtype))
@@ -276,7 +310,7 @@ class CausalDiT(nnx.Module):
     self,
     latents: Array,
     time: Array,
-    text: Array,
+    text: Array | TextKeys,
     attend: Attend,
     layers: Any = None,
     *,
@@ -287,7 +321,7 @@ class CausalDiT(nnx.Module):
     Args:
       latents: (b, f, y, x, c).
       time: features of each frame's timestep (b, f, freq_dim), see time_features.
-      text: embedded text (b, segments, text_len, D), see embed_text.
+      text: embedded text (b, segments, text_len, D), see embed_text, or text_keys.
       attend: self-attention, see `Attend`; it also rotates.
       layers: per-layer state for attend, leading axis l, or None.
       remat: recompute blocks in the backward pass instead of keeping activations.
@@ -299,23 +333,23 @@ class CausalDiT(nnx.Module):
     patch = self.config.patch
     x = self.patch_embedding(patchify(latents.astype(self.dtype), patch))
     e, table = self.embed_time(time)
+    text_keys = text if isinstance(text, TextKeys) else None
 
     def step(x, inputs):
-      block, index = inputs
+      block, keys, index = inputs
       # Not scanned over: a run would have to copy its part of the cache first.
       layer = jax.tree.map(lambda a: a[index], layers)
-      return block(x, table, text, attend, layer)
+      return block(x, table, text if keys is None else keys, attend, layer)
 
     if remat:
       step = jax.checkpoint(step)
     pieces, first = [], 0
     for run in block_runs(self):
       count = len(run.modulation[...])
-      x, piece = lax.scan(step, x, (run, first + jnp.arange(count)))
+      keys = jax.tree.map(lambda a, i=first, j=first + count: a[i:j], text_keys)
+      x, piece = lax.scan(step, x, (run, keys, first + jnp.arange(count)))
       pieces, first = [*pieces, piece], first + count
-    handed_out = pieces[0]
-    if len(pieces) > 1:
-      handed_out = jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
+    handed_out = pieces[0] if len(pieces) == 1 else _join(pieces)
     velocity = unpatchify(self.head(x, e), patch, y, x_size)
     return velocity.astype(jnp.float32), handed_out
 
@@ -323,6 +357,10 @@ class CausalDiT(nnx.Module):
     """Rotation of all tokens, from temporal rotations (b, f, pairs)."""
     patch = self.config.patch
     return rope.grid_rotation(temporal, y // patch, x // patch, self.config.head_dim)
+
+
+def _join(runs: Sequence[Any]) -> Any:
+  return jax.tree.map(lambda *a: jnp.concatenate(a), *runs)
 
 
 def block_runs(model: CausalDiT) -> list[Block]:
