@@ -126,6 +126,36 @@ def test_conversion_and_export_keep_every_byte(tmp_path, kind):
   assert jax.tree.structure(direct) == jax.tree.structure(network)
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 2, 6, 5), (4, 3, 2, 5)])
+def test_kernels_are_permuted(shape):
+  """(out, ky, kx[, kt], in) here, (out, in[, kt], ky, kx) in PyTorch."""
+  ours = np.arange(math.prod(shape)).reshape(shape)
+  path = "decoder.conv1.weight"
+  [(name, theirs)] = torch_names.torch_views("vae", None, path, ours)
+  assert name == path
+  o, ky, kx, *kt, i = shape
+  assert torch_names.torch_tensors("vae", None, path, shape) == [
+    (path, (o, i, *kt, ky, kx))
+  ]
+  for o, ky, kx, *kt, i in np.ndindex(*shape):
+    assert theirs[o, i, *kt, ky, kx] == ours[o, ky, kx, *kt, i]
+
+
+def test_kernels_of_another_layout_are_refused(tmp_path):
+  config = store.NETWORKS["vae"][2]["test"]
+  leaves = dict(torch_names.own_leaves("vae", config))
+  for name, array in random_tensors("vae").items():
+    path, _ = torch_names.parameter_path("vae", name)
+    leaves[path] = array.squeeze() if path.endswith("gamma") else array
+  record = store.network_metadata("vae", config, jnp.bfloat16)
+  store.save(tmp_path / "c", leaves, record)
+  message = r"encoder.conv1.weight has shape \(8, 12, 3, 3, 3\) instead of \(8, 3, 3"
+  with pytest.raises(ValueError, match=message):
+    store.load_vae(tmp_path / "c")
+  with pytest.raises(ValueError, match=message):
+    convert.export(str(tmp_path / "c"), str(tmp_path / "b.safetensors"))
+
+
 def test_light_vae_converts_from_either_naming(tmp_path):
   tensors = random_tensors("vae")
   renamed = {"dynamic_feature_projection_heads.0.weight": np.zeros(3, np.float32)}

@@ -70,7 +70,8 @@ def export(source: str, out: str, prefix: str = "") -> None:
     prefix: in front of every name, e.g. "model.".
 
   Raises:
-    FileNotFoundError, ValueError: no checkpoint, damaged, or not of a network.
+    FileNotFoundError, ValueError: no checkpoint, damaged, not of a network, or its
+      arrays are not those of the network it names.
   """
   record = store.load_metadata(source)
   kind = record.get("kind")
@@ -80,6 +81,8 @@ def export(source: str, out: str, prefix: str = "") -> None:
     )
   config = store.network_config(kind, record["config"])
   stored = store.describe(source)
+  wanted = store.named_leaves(store.abstract_network(kind, config))
+  store.check_shapes(source, stored, {name: w.shape for name, w in wanted.items()})
   specs = {
     prefix + name: (shape, leaf.dtype)
     for path, leaf in stored.items()

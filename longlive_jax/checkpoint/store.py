@@ -154,7 +154,7 @@ def load(path: PathLike, abstract: Any = None, dtype: Any = None) -> Any:
   if abstract is None:
     return dict(load_leaves(path, stored, dtype))
   wanted = named_leaves(abstract)
-  _check(path, stored, {name: _shape(leaf) for name, leaf in wanted.items()})
+  check_shapes(path, stored, {name: _shape(leaf) for name, leaf in wanted.items()})
   requests = {
     name: _request(leaf, dtype) for name, leaf in wanted.items() if name in stored
   }
@@ -185,6 +185,28 @@ def describe(path: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of a checkpoint by parameter path; reads no array."""
   arrays = _metadata(path).metadata.items()
   return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays}
+
+
+def check_shapes(
+  path: PathLike,
+  stored: dict[str, jax.ShapeDtypeStruct],
+  wanted: dict[str, tuple[int, ...]],
+) -> None:
+  """Raises ValueError that names every array missing, too many or misshapen."""
+  problems = []
+  for name, shape in wanted.items():
+    if name not in stored:
+      if np.prod(shape, dtype=np.int64):
+        problems.append(f"{name} {shape} is missing")
+    elif stored[name].shape != shape:
+      problems.append(f"{name} has shape {stored[name].shape} instead of {shape}")
+  surplus = [name for name in stored if name not in wanted]
+  problems += [f"{name} {stored[name].shape} has no place" for name in surplus]
+  if problems:
+    raise ValueError(
+      f"checkpoint {path} does not fit, in {len(problems)} arrays; load it with the "
+      "config it was saved with:\n  " + "\n  ".join(problems)
+    )
 
 
 def load_metadata(path: PathLike) -> dict[str, Any]:
@@ -435,27 +457,6 @@ def _check_sizes(folder: Path) -> None:
     raise ValueError(
       f"checkpoint {folder} is damaged: {'; '.join(wrong[:5])}; copy or convert it "
       "again"
-    )
-
-
-def _check(
-  path: PathLike,
-  stored: dict[str, jax.ShapeDtypeStruct],
-  wanted: dict[str, tuple[int, ...]],
-) -> None:
-  problems = []
-  for name, shape in wanted.items():
-    if name not in stored:
-      if np.prod(shape, dtype=np.int64):
-        problems.append(f"{name} {shape} is missing")
-    elif stored[name].shape != shape:
-      problems.append(f"{name} has shape {stored[name].shape} instead of {shape}")
-  surplus = [name for name in stored if name not in wanted]
-  problems += [f"{name} {stored[name].shape} has no place" for name in surplus]
-  if problems:
-    raise ValueError(
-      f"checkpoint {path} does not fit, in {len(problems)} arrays; load it with the "
-      "config it was saved with:\n  " + "\n  ".join(problems)
     )
 
 

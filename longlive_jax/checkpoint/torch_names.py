@@ -2,8 +2,9 @@
 
 One table a network, read in both directions: PyTorch's name | our parameter path.
 Blocks that are stacked here (dit, umt5) are separate tensors there: `{layer}` is the
-index on the leading axis. Numbers are never changed: layouts are equal, and shapes
-differ by axes of size one (and by the flattened patch of the patch embedding).
+index on the leading axis. Numbers are never changed. Shapes differ by axes of size
+one and by the flattened patch of the patch embedding, and the VAE's kernels by the
+order of their axes: a tensor is always a view of the parameter.
 """
 
 import dataclasses
@@ -32,34 +33,44 @@ class Rule:
 
   Attributes:
     torch, path: the two names; {holes} stand for what both have in common.
-    shape: the tensor's shape in PyTorch, given the network's configuration and the
-      parameter's shape (of one layer).
+    view: of the parameter (of one layer) as PyTorch's tensor, given the network's
+      configuration; shares its memory.
   """
 
   torch: str
   path: str
-  shape: Callable[[Any, Shape], Shape] = lambda config, shape: shape
+  view: Callable[[Any, np.ndarray], np.ndarray] = lambda config, array: array
 
   @property
   def stacked(self) -> bool:
     """Whether one parameter holds the tensors of all layers."""
     return "{layer}" in self.torch
 
-
-def _lead(config: Any, shape: Shape) -> Shape:
-  return (1, *shape)
-
-
-def _patch(config: dit.WanConfig, shape: Shape) -> Shape:
-  return (shape[0], config.in_channels, 1, config.patch, config.patch)
+  def shape(self, config: Any, shape: Shape) -> Shape:
+    """The tensor's shape, given that of the parameter (of one layer)."""
+    # Of stride 0: a view needs a shape, not memory.
+    return self.view(config, np.broadcast_to(np.zeros(()), shape)).shape
 
 
-def _gamma(config: Any, shape: Shape) -> Shape:
-  return (*shape, 1, 1, 1)
+def _lead(config: Any, array: np.ndarray) -> np.ndarray:
+  return array[None]
 
 
-def _frame_gamma(config: Any, shape: Shape) -> Shape:
-  return (*shape, 1, 1)
+def _patch(config: dit.WanConfig, array: np.ndarray) -> np.ndarray:
+  return array.reshape(-1, config.in_channels, 1, config.patch, config.patch)
+
+
+def _gamma(config: Any, array: np.ndarray) -> np.ndarray:
+  return array[:, None, None, None]
+
+
+def _frame_gamma(config: Any, array: np.ndarray) -> np.ndarray:
+  return array[:, None, None]
+
+
+def _conv(config: Any, array: np.ndarray) -> np.ndarray:
+  """Kernel (out, ky, kx[, kt], in) -> (out, in[, kt], ky, kx); a bias as it is."""
+  return array if array.ndim == 1 else np.moveaxis(array, (-1, 1, 2), (1, -2, -1))
 
 
 _HOLES = {
@@ -101,10 +112,10 @@ def _residual(torch: str, path: str) -> tuple[Rule, ...]:
   """A residual block of the VAE, whose layers are numbered in a Sequential."""
   return (
     Rule(f"{torch}.residual.0.gamma", f"{path}.norm1.gamma", _gamma),
-    Rule(f"{torch}.residual.2.{{p}}", f"{path}.conv1.{{p}}"),
+    Rule(f"{torch}.residual.2.{{p}}", f"{path}.conv1.{{p}}", _conv),
     Rule(f"{torch}.residual.3.gamma", f"{path}.norm2.gamma", _gamma),
-    Rule(f"{torch}.residual.6.{{p}}", f"{path}.conv2.{{p}}"),
-    Rule(f"{torch}.shortcut.{{p}}", f"{path}.shortcut.{{p}}"),
+    Rule(f"{torch}.residual.6.{{p}}", f"{path}.conv2.{{p}}", _conv),
+    Rule(f"{torch}.shortcut.{{p}}", f"{path}.shortcut.{{p}}", _conv),
   )
 
 
@@ -113,24 +124,24 @@ def _stages(side: str, word: str) -> tuple[Rule, ...]:
   torch, path = f"{side}.{word}.{{i}}.{word}", f"{side}.{word}.{{i}}"
   return (
     *_residual(f"{torch}.{{j}}", f"{path}.blocks.{{j}}"),
-    Rule(f"{torch}.{{last}}.resample.1.{{p}}", f"{path}.resample.{{p}}"),
-    Rule(f"{torch}.{{last}}.time_conv.{{p}}", f"{path}.time_conv.{{p}}"),
+    Rule(f"{torch}.{{last}}.resample.1.{{p}}", f"{path}.resample.{{p}}", _conv),
+    Rule(f"{torch}.{{last}}.time_conv.{{p}}", f"{path}.time_conv.{{p}}", _conv),
   )
 
 
 _VAE = (
-  Rule("conv1.{p}", "conv1.{p}"),
-  Rule("conv2.{p}", "conv2.{p}"),
-  Rule("{side}.conv1.{p}", "{side}.conv1.{p}"),
+  Rule("conv1.{p}", "conv1.{p}", _conv),
+  Rule("conv2.{p}", "conv2.{p}", _conv),
+  Rule("{side}.conv1.{p}", "{side}.conv1.{p}", _conv),
   *_stages("encoder", "downsamples"),
   *_stages("decoder", "upsamples"),
   *_residual("{side}.middle.0", "{side}.middle.block0"),
   Rule("{side}.middle.1.norm.gamma", "{side}.middle.attention.norm.gamma",
        _frame_gamma),
-  Rule("{side}.middle.1.{conv}.{p}", "{side}.middle.attention.{conv}.{p}"),
+  Rule("{side}.middle.1.{conv}.{p}", "{side}.middle.attention.{conv}.{p}", _conv),
   *_residual("{side}.middle.2", "{side}.middle.block1"),
   Rule("{side}.head.0.gamma", "{side}.head.norm.gamma", _gamma),
-  Rule("{side}.head.2.{p}", "{side}.head.conv.{p}"),
+  Rule("{side}.head.2.{p}", "{side}.head.conv.{p}", _conv),
 )  # fmt: skip
 
 TABLES: dict[str, tuple[Rule, ...]] = {"dit": _DIT, "vae": _VAE, "umt5": _UMT5}
@@ -221,10 +232,11 @@ def torch_views(
   kind: str, config: Any, path: str, array: np.ndarray
 ) -> Iterator[tuple[str, np.ndarray]]:
   """The tensors of a parameter as views into its array: (PyTorch name, view)."""
-  parts = array if _rule(kind, path)[0].stacked else [array]
+  rule, _ = _rule(kind, path)
+  parts = array if rule.stacked else [array]
   names = torch_tensors(kind, config, path, array.shape)
-  for (name, shape), part in zip(names, parts, strict=True):
-    yield name, part.reshape(shape)
+  for (name, _), part in zip(names, parts, strict=True):
+    yield name, rule.view(config, part)
 
 
 def _rule(kind: str, path: str) -> tuple[Rule, dict[str, str]]:
@@ -374,7 +386,7 @@ def own_metadata(kind: str, leaves: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 
 def _fill(tensor: Tensor, out: np.ndarray) -> None:
-  if tensor.dtype == out.dtype:
+  if tensor.dtype == out.dtype and out.flags.c_contiguous:
     tensor.fill(out)
   else:
     out[...] = tensor.read()

@@ -11,7 +11,8 @@ a latent frame: at the start of a clip the first three are placeholders, which t
 caller drops (see vae_blocks.py for what keeps them from mattering). So shapes and
 state never change, and each sample of a batch may start its clip at its own time.
 
-Parameter names here and in the published checkpoint (gamma is flat (c,) here):
+Parameter names here and in the published checkpoint (gamma is flat (c,) here, and
+kernels have other axes, see `vae_blocks.Conv`):
   conv1., conv2., encoder.conv1., decoder.conv1.   the same
   encoder.downsamples.I.blocks.J.      encoder.downsamples.I.downsamples.J.
   encoder.downsamples.I.resample.      encoder.downsamples.I.downsamples.N.resample.1.
@@ -122,7 +123,8 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
   """Reads the configuration off a checkpoint, full or light.
 
   Args:
-    shapes: parameter path (this module's names) -> shape.
+    shapes: parameter path (this module's names) -> shape, here or in PyTorch: only
+      the first axis is read, (out,) in both.
 
   Raises:
     ValueError: a parameter that the reading needs is missing.

@@ -24,7 +24,12 @@ MOST_BYTES = 2**29  # what frames may take that are convolved together
 
 
 class Conv(nnx.Module):
-  """Weight (out, in, *kernel), PyTorch's layout, and bias (out,)."""
+  """Weight (out, ky, kx, kt, in), or (out, ky, kx, in) without time; bias (out,).
+
+  That is how convolutions read it, once (kt, in) are one axis. Any other order would
+  be transposed in front of a loop over frames, into copies that live as long as it:
+  1.1 GB in the decoder of full size.
+  """
 
   def __init__(
     self,
@@ -36,15 +41,15 @@ class Conv(nnx.Module):
     rngs: nnx.Rngs,
   ):
     bound = 1 / math.sqrt(c_in * math.prod(kernel))
-    weight = jax.random.uniform(
-      rngs.params(), (c_out, c_in, *kernel), dtype, -bound, bound
-    )
+    *time, ky, kx = kernel
+    shape = (c_out, ky, kx, *time, c_in)
+    weight = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
     self.weight = nnx.Param(weight)
     self.bias = nnx.Param(jnp.zeros((c_out,), dtype))
 
   def zero_history(self, batch: int, y: int, x: int, frames: int = 2) -> jax.Array:
     """The input frames before the clip: zeros (b, frames, y, x, in)."""
-    c_in = self.weight.shape[1]
+    c_in = self.weight.shape[-1]
     return jnp.zeros((batch, frames, y, x, c_in), self.weight.dtype)
 
 
@@ -65,7 +70,7 @@ def keep_mask(started: jax.Array, placeholders: int, frames: int) -> jax.Array:
 
 def _conv2d(x: jax.Array, weight: jax.Array, stride: int, padding) -> jax.Array:
   return lax.conv_general_dilated(
-    x, weight, (stride, stride), padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
+    x, weight, (stride, stride), padding, dimension_numbers=("NHWC", "OHWI", "NHWC")
   )
 
 
@@ -79,7 +84,7 @@ def causal_conv(
   slower in XLA on a CPU.
 
   Args:
-    conv: weight (o, i, kt, k, k).
+    conv: weight (o, k, k, kt, i).
     x: (b, t, y, x, i).
     history: (b, h, y, x, i), the input frames before x.
     keep: (b, t, 1, 1, 1) bool; other frames of x are replaced by zeros.
@@ -90,12 +95,12 @@ def causal_conv(
     history: the last h input frames.
   """
   weight = conv.weight[...]
-  o, i, kt, ky, kx = weight.shape
+  o, ky, kx, kt, i = weight.shape
   x = jnp.where(keep, x, jnp.zeros((), x.dtype))
   x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
   b, total = x.shape[:2]
   t = (total - kt) // stride + 1
-  kernel = weight.transpose(0, 2, 1, 3, 4).reshape(o, kt * i, ky, kx)
+  kernel = weight.reshape(o, ky, kx, kt * i)
   padding = ((ky // 2, ky // 2), (kx // 2, kx // 2))
   count = frames_at_a_time(t, kt * (x.nbytes // total))
   parts = []
@@ -121,9 +126,9 @@ def frames_at_a_time(frames: int, size: int) -> int:
 
 
 def pointwise(conv: Conv, x: jax.Array) -> jax.Array:
-  """1x1(x1) convolution of x (..., i) with weight (o, i, 1, ...)."""
+  """1x1(x1) convolution of x (..., i) with weight (o, 1, ..., i)."""
   weight = conv.weight[...]
-  weight = weight.reshape(weight.shape[:2])
+  weight = weight.reshape(weight.shape[0], -1)
   y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=x.dtype)
   return y + conv.bias[...]
 
@@ -145,25 +150,25 @@ def upsample(conv: Conv, x: jax.Array) -> jax.Array:
   one convolution with 4 times the outputs.
   """
   weight = conv.weight[...]
-  o, i = weight.shape[:2]
-  fold = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
-  # Summed in float32 and rounded once.
-  kernel = jnp.einsum(
-    "pak,qbl,oikl->pqoiab",
-    fold,
-    fold,
-    weight.astype(jnp.float32),
-    precision=lax.Precision.HIGHEST,
-  ).astype(weight.dtype)
+  o, i = weight.shape[0], weight.shape[-1]
+  # Columns, then rows; summed in float32 and rounded once: (2, 2, o, 2, 2, i).
+  kernel = _both_phases(_both_phases(weight.astype(jnp.float32))).astype(weight.dtype)
   b, t, rows, columns = x.shape[:4]
   frames = x.reshape(b * t, rows, columns, i)
-  y = _conv2d(frames, kernel.reshape(4 * o, i, 2, 2), 1, ((1, 1), (1, 1)))
+  y = _conv2d(frames, kernel.reshape(4 * o, 2, 2, i), 1, ((1, 1), (1, 1)))
   y = y.reshape(b * t, rows + 1, columns + 1, 2, 2, o)
   phases = [
     [y[:, p : p + rows, q : q + columns, p, q] for q in range(2)] for p in range(2)
   ]
   y = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
   return y.reshape(b, t, 2 * rows, 2 * columns, o) + conv.bias[...]
+
+
+def _both_phases(weight: jax.Array) -> jax.Array:
+  """Axis 2 of three taps -> (2, ...) with two taps for each output phase."""
+  a, b, c = jnp.split(weight, 3, axis=2)
+  even = jnp.concatenate([a, b + c], axis=2)
+  return jnp.stack([even, jnp.concatenate([a + b, c], axis=2)])
 
 
 def average_down(
