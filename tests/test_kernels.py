@@ -98,37 +98,13 @@ def blocks_of(array: NVFP4Array) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(array.codes).reshape(-1, 8), scales
 
 
-def assert_same(got: NVFP4Array, want: NVFP4Array, x) -> None:
-  """The same bits, but where 4 and 6 err equally and only rounding decides.
-
-  Codes of blocks with scale NaN mean nothing.
-
-  Args:
-    x: what was quantised, float32 or float64.
-  """
+def assert_same(got: NVFP4Array, want: NVFP4Array) -> None:
+  """The same bits. Codes of blocks with scale NaN mean nothing."""
   np.testing.assert_array_equal(np.asarray(got.amax), np.asarray(want.amax))
   (codes, scales), (wanted_codes, wanted_scales) = blocks_of(got), blocks_of(want)
-  np.testing.assert_array_equal(scales == 0x7F, wanted_scales == 0x7F)
-  other = (scales != wanted_scales) | np.any(codes != wanted_codes, axis=1)
-  other &= scales != 0x7F
-  if not np.any(other):
-    return
-  assert want.span == 1536, "rules without a choice must give the same bits"
-  x = np.asarray(x, np.float64).reshape(-1, 16)[other]
-  errors = [
-    expected(nvfp4.dequantise, a).astype(np.float64).reshape(-1, 16)[other] - x
-    for a in jax.tree.map(jnp.asarray, (got, want))
-  ]
-  assert np.mean(other) < 1e-3
-  ties = [
-    np.isclose(norm(errors[0]), norm(errors[1]), rtol=1e-5)
-    for norm in (
-      lambda e: np.sum(e * e, axis=1),
-      lambda e: np.sum(np.abs(e), axis=1),
-      lambda e: np.max(np.abs(e), axis=1),
-    )
-  ]
-  assert np.all(np.any(ties, axis=0))
+  np.testing.assert_array_equal(scales, wanted_scales)
+  sure = scales != 0x7F
+  np.testing.assert_array_equal(codes[sure], wanted_codes[sure])
 
 
 # ------------------------------------------------------------------ quantise
@@ -140,7 +116,7 @@ PLAIN = dict(batch_axes=1, amax=None, front="none", mean=None)
 def test_codes_and_scales_are_those_of_the_codec(run, rule, dtype):
   x = keys(dtype)
   want = expected(nvfp4.quantise, x, rule=rule, batch_axes=1)
-  assert_same(run(quantise, x, rule=rule, **PLAIN), want, x)
+  assert_same(run(quantise, x, rule=rule, **PLAIN), want)
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30])
@@ -149,7 +125,7 @@ def test_any_magnitude(run, rule, scale):
   """1e-36 is below 2**-104: zeros."""
   x = keys(jnp.float32, scale)
   want = expected(nvfp4.quantise, x, rule=rule, batch_axes=1)
-  assert_same(run(quantise, x, rule=rule, **PLAIN), want, x)
+  assert_same(run(quantise, x, rule=rule, **PLAIN), want)
 
 
 @pytest.mark.parametrize("rule", ["static_4", "mae"])
@@ -164,7 +140,7 @@ def test_special_numbers(run, rule):
   x = jnp.asarray(x)
   want = expected(nvfp4.quantise, x, rule=rule, batch_axes=1)
   got = run(quantise, x, rule=rule, **PLAIN)
-  assert_same(got, want, jnp.nan_to_num(x))
+  assert_same(got, want)
   assert np.sum(blocks_of(got)[1] == 0x7F) == 4
   assert not np.any(got.codes[1]) and not np.any(np.asarray(got.scales[1], np.float32))
 
@@ -174,13 +150,13 @@ def test_what_is_larger_than_a_given_amax_is_cut_off(run):
   amax = jnp.array([0.75, 100.0], jnp.float32)
   settings = {**PLAIN, "amax": amax, "rule": "mse"}
   want = expected(nvfp4.quantise, x, batch_axes=1, amax=amax)
-  assert_same(run(quantise, x, **settings), want, x)
+  assert_same(run(quantise, x, **settings), want)
 
 
 def test_one_row_and_no_batch(run):
   x = keys(jnp.float32).reshape(-1)
   settings = {**PLAIN, "batch_axes": 0, "rule": "mse"}
-  assert_same(run(quantise, x, **settings), expected(nvfp4.quantise, x), x)
+  assert_same(run(quantise, x, **settings), expected(nvfp4.quantise, x))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -209,7 +185,7 @@ def test_fronts(run, front, dtype):
     front=front,
     mean=mean if front == "token_mean" else None,
   )
-  assert_same(got, want, prepared)
+  assert_same(got, want)
 
 
 # ------------------------------------------------------------------ dequantise
@@ -315,7 +291,7 @@ def test_modulated_activations_in_bfloat16(run, given):
   h = modulated(x, scale, shift)
   amax = jnp.array([3.5, 4.0], jnp.float32) if given else None  # cuts off
   want = expected(nvfp4.quantise, h, batch_axes=1, amax=amax)
-  assert_same(run(modulate, x, scale, shift, **MODULATE, amax=amax), want, h)
+  assert_same(run(modulate, x, scale, shift, **MODULATE, amax=amax), want)
 
 
 def test_modulated_activations_in_float32(run):
@@ -412,7 +388,7 @@ def test_a_kernel_under_vmap_runs_for_each_element():
   x = jnp.stack([X, 2 * X])
   got = jax.vmap(functools.partial(quantise, implementation="triton"))(x)
   want = expected(nvfp4.quantise, x, batch_axes=1)
-  assert_same(got, want, x)
+  assert_same(got, want)
 
 
 # ------------------------------------------------------------------ GPUs elsewhere

@@ -53,6 +53,18 @@ def rounded(x: Array) -> Array:
   return lax.reduce_precision(x, 8, 23)
 
 
+def e4m3(x: Array) -> Array:
+  """x to the numbers of float8_e4m3fn, nearest, ties to even, at most 448; float32.
+
+  Casting these to float8 is exact. The cast alone is not to be relied on: beyond 448
+  it gives NaN, and on GPUs XLA drops a cast to float8 and back and goes on with what
+  was not rounded (xla_allow_excess_precision), while the stored number is.
+  """
+  x = jnp.clip(x, -448.0, 448.0)
+  small = jnp.round(x * 512) / 512  # below 2**-6 the step is 2**-9
+  return jnp.where(jnp.abs(x) < 2.0**-6, small, lax.reduce_precision(x, 8, 3))
+
+
 def total(x: Array) -> Array:
   """Sum over the last axis, a power of two, in halves: (..., n) -> (..., 1)."""
   while (half := x.shape[-1] // 2) > 0:

@@ -33,7 +33,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from longlive_jax.quant import exact
 
@@ -275,7 +274,8 @@ def _encode(
   nonzero = jnp.where(amax > 0, amax, 1.0)
   to_scale = exact.divide(rule.span, nonzero)
   from_scale = exact.divide(1.0, to_scale)
-  wanted = exact.divide(block_max, rule.m4) * to_scale
+  # Rounded here, as below: XLA would multiply the two scalars first, to_scale * 1.5.
+  wanted = exact.rounded(exact.divide(block_max, rule.m4) * to_scale)
   wanted = jnp.where(amax > 0, wanted, 0.0)
 
   def scaled(scale: Array) -> Array:
@@ -290,7 +290,7 @@ def _encode(
   # Upwards where rounding is stochastic: a block's maximum beyond 6 would be cut off,
   # and the expected value would no longer be x. The choice between 6 and 4 is made on
   # the nearest numbers for the same reason: it must not depend on the draw.
-  to_e4m3 = _e4m3 if key is None else _e4m3_up
+  to_e4m3 = exact.e4m3 if key is None else _e4m3_up
   scale = to_e4m3(wanted)
   q = nearest(scale)
   if rule.error is not None:
@@ -305,7 +305,7 @@ def _encode(
       which rounding commutes, or 1.5 times one."""
       q, power = jnp.abs(q), exact.power_of_two(q)
       one = exact.divide(scale * amax, rule.span)
-      more = exact.divide(scale * 1.5 * amax, rule.span)
+      more = exact.divide(exact.rounded(scale * 1.5) * amax, rule.span)
       value = power * jnp.where(q > power, more, one)
       return _norm(rule.error, (value - jnp.abs(x)) * unit)
 
@@ -326,20 +326,9 @@ def _norm(kind: str, difference: Array) -> Array:
   return jnp.max(jnp.abs(difference), axis=-1, keepdims=True)
 
 
-def _e4m3(x: Array) -> Array:
-  """float32, not negative, rounded to float8_e4m3fn, at most 448; still float32.
-
-  Not by casting: on GPUs XLA drops a cast to float8 and back and goes on with what was
-  not rounded (xla_allow_excess_precision), while the stored scale is.
-  """
-  x = jnp.minimum(x, 448.0)
-  small = jnp.round(x * 512) / 512  # below 2**-6 the step is 2**-9
-  return jnp.where(x < 2.0**-6, small, lax.reduce_precision(x, 8, 3))
-
-
 def _e4m3_up(x: Array) -> Array:
-  """As `_e4m3`, but rounded up."""
-  near = _e4m3(x)
+  """As `exact.e4m3`, but rounded up; not negative."""
+  near = exact.e4m3(x)
   step = exact.power_of_two(jnp.maximum(near, 2.0**-6)) / 8
   return jnp.where(near < jnp.minimum(x, 448.0), near + step, near)
 
