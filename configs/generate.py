@@ -4,11 +4,14 @@ python launch/generate.py --prompt "a red circle moves left"
 python launch/generate.py --config configs/generate.py:toy --config.steps=8 ...
 python launch/generate.py --config configs/generate.py:ti2v-5b,i2v ...
 python launch/generate.py --config configs/generate.py:toy,nvfp4,kv=nvfp4 ...
+python launch/generate.py --config configs/generate.py:ti2v-5b,fp8,kv=fp8 ...
 """
 
 import ml_collections
 
-OPTIONS = ("i2v", "no_sinks", "float32", "random", "nvfp4", "w4a4", "kv=nvfp4")
+PRECISIONS = {"nvfp4": "w4a16", "w4a4": "w4a4", "fp8": "fp8"}
+KV_FORMATS = {"kv=nvfp4": "nvfp4", "kv=fp8": "fp8"}
+OPTIONS = ("i2v", "no_sinks", "float32", "random", *PRECISIONS, *KV_FORMATS)
 
 
 def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
@@ -19,7 +22,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
       must start from an image), 'no_sinks' (window only, to see what sinks do),
       'float32' (instead of bfloat16 at full size), 'random' (random weights, to
       measure speed), 'nvfp4' (quantise the transformer's weights while loading them),
-      'w4a4' (and its activations as it runs), 'kv=nvfp4' (quantise the cache).
+      'w4a4' (and its activations as it runs), 'fp8' (both, in 8 bits), 'kv=nvfp4' or
+      'kv=fp8' (quantise the cache).
 
   Raises:
     ValueError: unknown size or option, or two that exclude each other.
@@ -30,8 +34,11 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   for option in options:
     if option not in OPTIONS:
       raise ValueError(f"config option={option!r} is unknown; use {', '.join(OPTIONS)}")
-  if "nvfp4" in options and "w4a4" in options:
-    raise ValueError("config options 'nvfp4' and 'w4a4' exclude each other; use one")
+  for group in (PRECISIONS, KV_FORMATS):
+    chosen = [name for name in group if name in options]
+    if len(chosen) > 1:
+      names = " and ".join(map(repr, chosen))
+      raise ValueError(f"config options {names} exclude each other; use one")
   config = ml_collections.ConfigDict()
 
   # Networks: names in the tables of sizes. `weights` is a folder with dit, vae, text
@@ -47,9 +54,10 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.tokenizer = ""
   config.dtype = "float32"
 
-  # Numbers. `precision` quantises the transformer while it is loaded, 'w4a16' its
-  # weights, 'w4a4' also what is multiplied with them; '' takes a checkpoint as it is,
-  # quantised or not. `kv_format` is that of the cache.
+  # Numbers. `precision` quantises the transformer while it is loaded, 'w4a16' and
+  # 'w8a16' its weights, 'w4a4' and 'fp8' also what is multiplied with them; '' takes a
+  # checkpoint as it is, quantised or not. `kv_format` is that of the cache. Rules and
+  # smoothing are those of NVFP4.
   config.precision = ""
   config.precision_rule = "static_6"  # lost least: README, "In 4 bits"
   config.precision_layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
@@ -110,10 +118,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     config.dtype = "float32"
   if "random" in options:
     config.weights = "random"
-  if "nvfp4" in options:
-    config.precision = "w4a16"
-  if "w4a4" in options:
-    config.precision = "w4a4"
-  if "kv=nvfp4" in options:
-    config.kv_format = "nvfp4"
+  for option in options:
+    config.precision = PRECISIONS.get(option, config.precision)
+    config.kv_format = KV_FORMATS.get(option, config.kv_format)
   return config

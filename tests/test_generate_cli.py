@@ -382,7 +382,7 @@ BAD = [
   (dict(dtype="float8"), {}, "dtype='float8' is unknown"),
   (dict(devices=2), {}, "devices=2 must divide the 1 videos"),
   (dict(decode_frames=0), {}, "decode_frames=0 must be at least 1; use 1"),
-  (dict(precision="fp8"), {}, "precision='fp8' is unknown; use w4a16"),
+  (dict(precision="fp5"), {}, "precision='fp5' is unknown; use w4a16"),
   (dict(precision="w4a16", precision_rule="x"), {}, "rule='x' is unknown; use"),
   (
     dict(precision="w4a16", precision_layers=("blocks/mlp/*",)),
@@ -478,9 +478,13 @@ def test_config_arguments():
   assert (packed.precision, packed.kv_format) == ("w4a16", "nvfp4")
   assert packed.kv_smoothing == "token_mean"
   assert get_config("toy,w4a4").precision == "w4a4"
+  eight = get_config("toy,fp8,kv=fp8")
+  assert (eight.precision, eight.kv_format) == ("fp8", "fp8")
   assert plain.precision_layers == BLOCK_LINEARS
   with pytest.raises(ValueError, match="'nvfp4' and 'w4a4' exclude each other"):
     get_config("toy,nvfp4,w4a4")
+  with pytest.raises(ValueError, match="'kv=nvfp4' and 'kv=fp8' exclude each other"):
+    get_config("toy,kv=fp8,kv=nvfp4")
   with pytest.raises(ValueError, match="config size='7b' is unknown"):
     get_config("7b")
   with pytest.raises(ValueError, match="config option='fast' is unknown"):

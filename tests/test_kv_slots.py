@@ -1,4 +1,4 @@
-"""Slots of the KV cache in NVFP4: what is stored, what is read, and how exact."""
+"""Slots of the KV cache in few bits: what is stored, what is read, and how exact."""
 
 import dataclasses
 
@@ -17,6 +17,7 @@ L, B, SLOTS, P, N, D = 2, 3, 4, 5, 2, 32
 NVFP4 = KVFormat("nvfp4", "none")
 TOKEN_MEAN = KVFormat("nvfp4", "token_mean")
 CHANNEL_MEAN = KVFormat("nvfp4", "channel_mean")
+FP8 = KVFormat("fp8")
 
 
 def frames(seed: int, f: int = 2, offset: float = 0.0) -> jax.Array:
@@ -86,7 +87,7 @@ def test_token_mean_keeps_attention_nearer_than_the_alternatives():
   assert error(TOKEN_MEAN) < 0.5 * min(error(NVFP4), error(CHANNEL_MEAN))
 
 
-@pytest.mark.parametrize("format", [NVFP4, TOKEN_MEAN, CHANNEL_MEAN], ids=str)
+@pytest.mark.parametrize("format", [NVFP4, TOKEN_MEAN, CHANNEL_MEAN, FP8], ids=str)
 def test_the_cache_reads_back_what_was_committed_to_each_sample(format):
   rules = CacheRules(window_frames=SLOTS, sink_frames=2, global_sink_frames=2)
   cache = kv_cache.init_cache(
@@ -151,10 +152,11 @@ def test_bytes_at_the_size_of_the_5b_model():
 
   for format in (TOKEN_MEAN, CHANNEL_MEAN):
     assert nbytes(format) / nbytes(KVFormat()) < 0.29
+  assert nbytes(FP8) / nbytes(KVFormat()) < 0.5001
 
 
 def test_an_empty_slot_reads_as_zeros():
-  for format in (KVFormat(), TOKEN_MEAN):
+  for format in (KVFormat(), TOKEN_MEAN, FP8):
     np.testing.assert_array_equal(kv_slots.read(new_slots(format), jnp.float32), 0)
 
 

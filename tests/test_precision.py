@@ -199,7 +199,7 @@ def refusals(mode: str, **settings) -> dict[str, str]:
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"mode": "fp8"}, "precision='fp8' is unknown; use w4a16, w4a4, w4a4_native, or"),
+    ({"mode": "fp5"}, "precision='fp5' is unknown; use w4a16, w4a4, w4a4_native, w8a"),
     ({"rule": "best"}, "rule='best' is unknown"),
     ({"activation_rule": "best"}, "rule='best' is unknown"),
     ({"mode": "", "plain_edges": 1}, "precision_plain_edges=1 needs a precision, but"),

@@ -128,6 +128,7 @@ def test_the_scan_equals_chunk_by_chunk(model):
     {"clean_recache": True},
     {"kv_format": "nvfp4", "guidance": 3.0, "relative_rope": True},
     {"kv_format": "nvfp4", "kv_smoothing": "channel_mean", "clean_recache": True},
+    {"kv_format": "fp8", "guidance": 3.0, "relative_rope": True},
   ],
   ids=str,
 )

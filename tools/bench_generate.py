@@ -34,6 +34,7 @@ from longlive_jax.checkpoint import store
 from longlive_jax.generate import networks, sampler
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
+from longlive_jax.layers import kv_slots
 from longlive_jax.models import dit, vae
 from longlive_jax.quant import weights
 
@@ -58,7 +59,7 @@ _PRECISION = flags.DEFINE_enum(
   "precision", "", ["", *weights.MODES], "Of the weights.", flag_values=_FLAGS
 )
 _KV_FORMAT = flags.DEFINE_enum(
-  "kv_format", "", ["", "nvfp4"], "Of the cache.", flag_values=_FLAGS
+  "kv_format", "", list(kv_slots.NAMES), "Of the cache.", flag_values=_FLAGS
 )
 _MEMORY_ONLY = flags.DEFINE_bool(
   "memory_only", False, "One run with the decoder, for its memory.", flag_values=_FLAGS
@@ -84,7 +85,7 @@ def abstract_model(config: dit.WanConfig, dtype, precision: str) -> dit.CausalDi
 def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
   """Both networks with random weights, made on the device.
 
-  With a precision the transformer's weights are random 4-bit numbers from the start.
+  With a precision the transformer's weights are random codes from the start.
   The VAE has no encoder: generating from text does not load it.
   """
   config = dit.size(size)

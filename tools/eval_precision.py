@@ -11,8 +11,8 @@ detectors' scores (tools/eval_toy.py) stand
   python tools/eval_precision.py --out tools/results/precision_toy.json
   python tools/eval_precision.py --only='kv*' --videos=16 --batch=16
 
-Variants are named by what is in 4 bits. The last ones are studies, with types that only
-this file has: precision by denoising step, by age of the cached frame, and by token.
+Variants are named by what is in 4 or 8 bits. The last ones are studies, with types that
+only this file has: precision by denoising step, by age of the cached frame, by token.
 """
 
 import concurrent.futures
@@ -65,7 +65,7 @@ _OUT = flags.DEFINE_string(
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """Where 4 bits are used.
+  """Where 4 or 8 bits are used.
 
   Attributes:
     precision: of the weights and activations.
@@ -84,6 +84,8 @@ def _kv(rule: str = "mse", smoothing: str = "token_mean") -> tuple:
   return (("kv_format", "nvfp4"), ("kv_smoothing", smoothing), ("kv_rule", rule))
 
 
+KV_FP8 = (("kv_format", "fp8"),)
+
 BASELINE = "plain"
 PLAIN = Precision()
 STATIC = Precision("w4a4", "static_6", "static_6")
@@ -101,6 +103,10 @@ VARIANTS = {
   "w4a4 static_6 + kv static_6": Variant(STATIC, _kv("static_6")),
   "w4a4 mse + kv mse": Variant(W4A4, _kv()),
   "w4a16 mse + kv mse": Variant(Precision("w4a16"), _kv()),
+  "w8a16": Variant(Precision("w8a16")),
+  "fp8": Variant(Precision("fp8")),
+  "kv fp8": Variant(PLAIN, kv=KV_FP8),
+  "fp8 + kv fp8": Variant(Precision("fp8"), KV_FP8),
   "study w4a4, first and last layer plain": Variant(Precision("w4a4", plain_edges=1)),
   "study w4a4, first step plain": Variant(Precision("w4a4", plain_steps=(0,))),
   "study w4a4, last step plain": Variant(Precision("w4a4", plain_steps=(-1,))),

@@ -15,9 +15,13 @@ and the record of the checkpoint lists every parameter under "weights":
 `mode` says what a weight is used for (quant/weights.py); those with quantised
 activations also have "activation_rule" and "per_sample". Reading never makes float
 weights, quantising holds those of one parameter.
+
+FP8 weights are not stored: they are quantised from a plain checkpoint whenever it is
+loaded, which rounds in the same way every time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,10 @@ from flax import nnx
 
 from longlive_jax.checkpoint import lora, store
 from longlive_jax.models import dit
-from longlive_jax.quant import nvfp4, weights
+from longlive_jax.quant import fp8, nvfp4, weights
+from longlive_jax.quant.fp8 import FP8Array
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
-from longlive_jax.quant.weights import W4A4
+from longlive_jax.quant.weights import W4A4, W8A8
 
 Entry = Mapping[str, Any]
 Leaves = Iterable[tuple[str, np.ndarray]]
@@ -67,7 +72,11 @@ def packed_entry(
     mode: of `weights.MODES`.
     rule: of the weight.
     activation_rule, per_sample: of `W4A4`; the rule of the weight if not given.
+
+  Raises:
+    ValueError: an unknown rule, or a mode in FP8.
   """
+  check_stored(mode)
   span = nvfp4.rule_of(rule).span
   entry = {"format": "nvfp4", "mode": mode, "rule": rule, "span": span}
   if mode == "w4a16":
@@ -75,6 +84,15 @@ def packed_entry(
   return {
     **entry, "activation_rule": activation_rule or rule, "per_sample": per_sample
   }
+
+
+def check_stored(mode: str) -> None:
+  """Raises ValueError for a mode whose weights no checkpoint holds."""
+  if mode in weights.FP8_MODES:
+    raise ValueError(
+      f"mode={mode!r} is not stored: FP8 weights are quantised when they are loaded; "
+      f"keep the plain checkpoint, and generate from it with precision={mode!r}"
+    )
 
 
 def record_of(
@@ -107,9 +125,9 @@ def stored_leaves(network: Any) -> dict[str, Any]:
   return leaves
 
 
-def parts(path: str, packed: NVFP4Array) -> dict[str, Any]:
+def parts(path: str, packed: NVFP4Array | FP8Array) -> dict[str, Any]:
   """The arrays of a quantised weight by their names in a checkpoint."""
-  return {f"{path}.{name}": getattr(packed, name) for name in PARTS}
+  return {f"{path}.{name}": leaf for name, leaf in store.named_leaves(packed).items()}
 
 
 # ---------------------------------------------------------------------- write and read
@@ -129,11 +147,14 @@ def save_network(
 
   Raises:
     FileExistsError: as `store.save`.
-    ValueError: no weight is quantised, another rule, or an adapter is attached.
+    ValueError: no weight is quantised, one is in FP8, another rule, or an adapter is
+      attached.
   """
   kinds = {module: kind for kind, (module, _, _) in store.NETWORKS.items()}
   kind = kinds[type(network)]
   listed = describe_weights(network, rule)
+  for mode in {entry.get("mode", "") for entry in listed.values()}:
+    check_stored(mode)
   record = record_of(kind, network.config, _plain_dtype(network), listed, source)
   if not store.is_packed(record):
     raise ValueError(
@@ -159,8 +180,8 @@ def load_network(
     path: checkpoint folder.
     kind: "dit", "vae" or "umt5"; what the caller expects.
     dtype: of the parameters that are not quantised; the stored one if not given.
-    mode: of `weights.MODES`, to use the stored codes in another way than they were
-      saved for; activations then have the rule that was stored for them, or else
+    mode: of `weights.MODES` in NVFP4, to use the stored codes in another way than they
+      were saved for; activations then have the rule that was stored for them, or else
       that of the weights.
 
   Raises:
@@ -224,6 +245,7 @@ def quantise_checkpoint(
   Args:
     source, out: checkpoint folders.
     mode, rule, layers: as `weights.quantise_weights`; activations have the same rule.
+      No mode in FP8.
     adapters: LoRA files or checkpoints, merged before the weights are quantised.
     dtype: of the network before it is quantised, and of what stays plain; as stored
       if not given. The reference has bfloat16.
@@ -238,6 +260,7 @@ def quantise_checkpoint(
   """
   if Path(out).exists():
     raise FileExistsError(f"out={out} exists; remove it or choose another")
+  check_stored(mode)
   _, record = _planned(source, "dit", dtype, mode, rule, layers)
   stored = store.describe(source)
   loras = [lora.load_lora(path, record["config"]["layers"]) for path in adapters]
@@ -269,26 +292,36 @@ def pack_leaves(
   """
   for path, array in leaves:
     entry = record["weights"][path]
-    if entry["format"] == "nvfp4":
+    if "mode" in entry:
       array = array.astype(jnp.dtype(record["dtype"]), copy=False)
-      yield from parts(path, _quantise_layers(array, entry["rule"])).items()
+      yield from parts(path, _quantise_layers(array, _quantiser(entry))).items()
     else:
       yield path, array.astype(jnp.dtype(entry["format"]), copy=False)
 
 
-_quantise = jax.jit(nvfp4.quantise, static_argnames="rule")
+_to_nvfp4 = jax.jit(nvfp4.quantise, static_argnames="rule")
+_to_fp8 = jax.jit(fp8.quantise)
 
 
-def _quantise_layers(array: np.ndarray, rule: str) -> NVFP4Array:
+def _quantiser(entry: Entry) -> Callable[[np.ndarray], NVFP4Array | FP8Array]:
+  """What makes quantised weights of a matrix (out, in)."""
+  if entry["format"] == "fp8":
+    return _to_fp8
+  return functools.partial(_to_nvfp4, rule=entry["rule"])
+
+
+def _quantise_layers(
+  array: np.ndarray, quantise: Callable[[np.ndarray], NVFP4Array | FP8Array]
+) -> NVFP4Array | FP8Array:
   """(..., out, in) in NumPy, one matrix at a time on the device."""
   *lead, rows, columns = array.shape
-  codes = np.empty((*lead, rows, columns // 2), np.uint8)
-  scales = np.empty((*lead, rows, columns // BLOCK), jnp.float8_e4m3fn)
-  amax = np.empty(lead, np.float32)
+  one = jax.eval_shape(quantise, jax.ShapeDtypeStruct((rows, columns), array.dtype))
+  packed = jax.tree.map(lambda leaf: np.empty((*lead, *leaf.shape), leaf.dtype), one)
   for i in np.ndindex(*lead):
-    one = _quantise(array[i], rule=rule)
-    codes[i], scales[i], amax[i] = one.codes, one.scales, one.amax
-  return NVFP4Array(codes, scales, amax, nvfp4.rule_of(rule).span)
+    one = quantise(array[i])
+    for whole, part in zip(jax.tree.leaves(packed), jax.tree.leaves(one), strict=True):
+      whole[i] = part
+  return packed
 
 
 def _planned(
@@ -321,7 +354,7 @@ def _planned(
 
 # ---------------------------------------------------------------------- trees
 def _is_weight(node: Any) -> bool:
-  return isinstance(node, NVFP4Array | W4A4)
+  return isinstance(node, weights.QUANTISED)
 
 
 def _parameters(tree: Any) -> dict[str, Any]:
@@ -331,7 +364,7 @@ def _parameters(tree: Any) -> dict[str, Any]:
 
 
 def _packed(leaf: Any) -> Any:
-  return leaf.weight if isinstance(leaf, W4A4) else leaf
+  return leaf.weight if isinstance(leaf, W4A4 | W8A8) else leaf
 
 
 def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:
@@ -341,7 +374,7 @@ def _filled(tree: Any, arrays: Mapping[str, Any]) -> Any:
     name = store.path_name(path)
     if not _is_weight(leaf):
       return arrays[name]
-    found = (arrays[f"{name}.{part}"] for part in PARTS)
+    found = (arrays[part] for part in parts(name, _packed(leaf)))
     return jax.tree.unflatten(jax.tree.structure(leaf), found)
 
   return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=_is_weight)
@@ -388,6 +421,8 @@ def _like(leaf: jax.ShapeDtypeStruct, entry: Entry) -> NVFP4Array | W4A4:
 def _entry(path: str, leaf: Any, rule: str) -> Entry:
   if not _is_weight(leaf):
     return {"format": leaf.dtype.name}
+  if isinstance(_packed(leaf), FP8Array):
+    return {"format": "fp8", "mode": "fp8" if isinstance(leaf, W8A8) else "w8a16"}
   span = _packed(leaf).span
   if span != nvfp4.rule_of(rule).span:
     raise ValueError(

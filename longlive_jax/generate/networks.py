@@ -19,7 +19,8 @@ from longlive_jax.checkpoint import quantised, store
 from longlive_jax.generate import precision as precisions
 from longlive_jax.generate.precision import PLAIN, Precision
 from longlive_jax.models.text import Tokenizer
-from longlive_jax.quant.weights import BLOCK_LINEARS
+from longlive_jax.quant.fp8 import FP8Array
+from longlive_jax.quant.weights import BLOCK_LINEARS, FP8_MODES
 
 SHIPPED = Path(longlive_jax.__file__).parent / "assets" / "toy"
 
@@ -33,10 +34,10 @@ class Choice:
     weights: folder with dit, vae, text and tokenizer.json; '' for what ships with the
       package (toy only), 'random' for no weights at all.
     dit_weights, vae_weights, text_weights, tokenizer: replace single parts of it.
-    precision: quantises the transformer while it is loaded: 'w4a16' or 'w4a4', or uses
+    precision: of `weights.MODES`, quantises the transformer while it is loaded, or uses
       one that is quantised already in this way; '' leaves it as its checkpoint is.
-    precision_rule: of `nvfp4.RULES`, for `precision`; of a quantised checkpoint, its
-      own.
+    precision_rule: of `nvfp4.RULES`, for `precision` in NVFP4; of a quantised
+      checkpoint, its own.
     precision_layers, precision_plain_edges, precision_plain_steps: of `Precision`;
       a quantised checkpoint has its own.
     steps: of the solver; the plain ones are among them.
@@ -188,9 +189,14 @@ def check_packed(path: Path, rule: str, precision: Precision) -> None:
   """What weights that are quantised already by `rule` can still be used for.
 
   Raises:
-    ValueError: a precision of another rule, or one that chooses layers or needs plain
-      weights.
+    ValueError: a precision in FP8 or of another rule, or one that chooses layers or
+      needs plain weights.
   """
+  if precision.mode in FP8_MODES:
+    raise ValueError(
+      f"precision={precision.mode!r} cannot be had of dit weights={path}, which are "
+      "quantised to NVFP4 already; give the weights they were made from"
+    )
   if precision.rule != rule:
     raise ValueError(
       f"dit weights={path} are quantised already by rule={rule!r} and cannot be again "
@@ -311,18 +317,28 @@ def random_like(abstract: Any) -> Any:
     abstract: the network with shapes for arrays, as `jax.eval_shape` gives it.
 
   Returns:
-    The same tree of arrays on the default device: codes of all values, block scales of
-    one, all else (tensor scales and plain weights) around 0.02.
+    The same tree of arrays on the default device: codes of all values (FP8: of half of
+    them, below 2), block scales of one, all else (other scales and plain weights)
+    around 0.02.
   """
-  leaves, structure = jax.tree.flatten(abstract)
+  leaves, structure = jax.tree.flatten(abstract, is_leaf=_is_fp8)
   # rbg for the reason given above.
   keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
   made = [_draw(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
   return jax.tree.unflatten(structure, made)
 
 
+def _is_fp8(node: Any) -> bool:
+  return isinstance(node, FP8Array)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _draw(leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+def _draw(leaf: jax.ShapeDtypeStruct | FP8Array, key: jax.Array) -> Any:
+  if _is_fp8(leaf):
+    # Without the highest bit of the exponent: no code is NaN.
+    bits = jax.random.bits(key, leaf.shape, jnp.uint8) & 0b1011_1111
+    codes = jax.lax.bitcast_convert_type(bits, leaf.codes.dtype)
+    return FP8Array(codes, _draw(leaf.scale, key))
   if leaf.dtype == jnp.uint8:
     return jax.random.bits(key, leaf.shape, jnp.uint8)
   if leaf.dtype == jnp.float8_e4m3fn:

@@ -27,7 +27,7 @@ class Precision:
 
   Attributes:
     mode: '' (plain) or one of `weights.MODES`.
-    rule, activation_rule: of `nvfp4.RULES`.
+    rule, activation_rule: of `nvfp4.RULES`; without effect on FP8 modes.
     layers: patterns of those that are quantised, see `weights.quantise_weights`.
     plain_edges: how many first and how many last layers keep plain weights.
     plain_steps: solver steps with plain weights; negative ones count from the last.

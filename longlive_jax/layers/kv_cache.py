@@ -48,8 +48,8 @@ class KVCache:
   """Keys and values of the frames that are remembered.
 
   Attributes:
-    k, v: (l, b, slots, p, n, d), an array or NVFP4Slots; keys rotated unless the
-      rules say relative_rope.
+    k, v: (l, b, slots, p, n, d), an array, FP8Array or NVFP4Slots; keys rotated
+      unless the rules say relative_rope.
     frame: int32 (b, slots), absolute latent frame or -1 for an empty slot. Filled
       slots are always a prefix.
     pinned: bool (b, slots), the shot sink.

@@ -1,9 +1,10 @@
-"""What the slots of a KV cache are made of: plain numbers or NVFP4.
+"""What the slots of a KV cache are made of: plain numbers, FP8 or NVFP4.
 
 A slot holds one latent frame of one layer: (p, n, d), tokens, heads, head dim. Plain
-slots are an array (..., slots, p, n, d); `NVFP4Slots` stand in the same place. Every
-leaf of either begins with the same axes, layers, batch and slots, so the cache updates,
-selects and shards them with one `jax.tree.map`.
+slots are an array (..., slots, p, n, d); an `FP8Array` with one scale a slot, or
+`NVFP4Slots`, stand in the same place. Every leaf of each begins with the same axes,
+layers, batch and slots, so the cache updates, selects and shards them with one
+`jax.tree.map`.
 
   slots = zeros(format, shape, dtype)   empty
   encode(slots, x)      new frames as the slots would store them (clean pass)
@@ -27,11 +28,11 @@ import jax.numpy as jnp
 
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.kernels.nvfp4_quantise import quantise
-from longlive_jax.quant import nvfp4
+from longlive_jax.quant import fp8, nvfp4
 
 Array = jax.Array
 
-NAMES = ("", "nvfp4")
+NAMES = ("", "fp8", "nvfp4")
 SMOOTHINGS = ("token_mean", "channel_mean", "none")
 
 
@@ -40,8 +41,9 @@ class KVFormat:
   """How slots store numbers. Static.
 
   Attributes:
-    name: '' for plain numbers in the network's dtype, or 'nvfp4'.
-    smoothing: of keys in NVFP4: 'token_mean', 'channel_mean' or 'none'.
+    name: '' for plain numbers in the network's dtype, 'fp8' or 'nvfp4'; what follows
+      is for the latter, and without effect on the others.
+    smoothing: of keys: 'token_mean', 'channel_mean' or 'none'.
     rule: of `nvfp4.RULES`.
     chunk_amax: one tensor scale for all frames of a chunk, as in the reference,
       instead of one for each frame. The stored shapes are the same.
@@ -55,7 +57,7 @@ class KVFormat:
   def __post_init__(self):
     if self.name not in NAMES:
       raise ValueError(
-        f"kv_format={self.name!r} is unknown; use '' (plain) or 'nvfp4'"
+        f"kv_format={self.name!r} is unknown; use '' (plain), 'fp8' or 'nvfp4'"
       )
     if self.smoothing not in SMOOTHINGS:
       raise ValueError(
@@ -89,9 +91,12 @@ class NVFP4Slots:
     return self.array.shape
 
 
+Slots = Array | fp8.FP8Array | NVFP4Slots
+
+
 def zeros(
   format: KVFormat, shape: tuple[int, ...], dtype: jnp.dtype, *, keys: bool
-) -> Array | NVFP4Slots:
+) -> Slots:
   """Empty slots of shape (l, b, slots, p, n, d); smoothing is for keys only.
 
   Raises:
@@ -99,6 +104,9 @@ def zeros(
   """
   if not format.name:
     return jnp.zeros(shape, dtype)
+  if format.name == "fp8":
+    scale = jnp.ones((*shape[:3], 1, 1, 1), jnp.float32)
+    return fp8.FP8Array(jnp.zeros(shape, jnp.float8_e4m3fn), scale)
   if shape[-1] % nvfp4.BLOCK:
     raise ValueError(
       f"head_dim={shape[-1]} must be a multiple of {nvfp4.BLOCK} for "
@@ -119,9 +127,14 @@ def zeros(
 
 
 @functools.singledispatch
-def encode(slots: Array | NVFP4Slots, x: Array) -> Array | NVFP4Slots:
+def encode(slots: Slots, x: Array) -> Slots:
   """New frames x (b, f, p, n, d) in the type of `slots`."""
   return x.astype(slots.dtype)
+
+
+@encode.register
+def _(slots: fp8.FP8Array, x: Array) -> fp8.FP8Array:
+  return fp8.quantise(x, batch_axes=2)
 
 
 @encode.register
@@ -142,9 +155,14 @@ def _(slots: NVFP4Slots, x: Array) -> NVFP4Slots:
 
 
 @functools.singledispatch
-def read(slots: Array | NVFP4Slots, dtype: jnp.dtype) -> Array:
+def read(slots: Slots, dtype: jnp.dtype) -> Array:
   """The numbers (..., slots, p, n, d)."""
   return slots.astype(dtype)
+
+
+@read.register
+def _(slots: fp8.FP8Array, dtype: jnp.dtype) -> Array:
+  return fp8.dequantise(slots, dtype)
 
 
 @read.register
@@ -154,7 +172,7 @@ def _(slots: NVFP4Slots, dtype: jnp.dtype) -> Array:
 
 
 @functools.singledispatch
-def own(slots: Array | NVFP4Slots, x: Array) -> Array:
+def own(slots: Slots, x: Array) -> Array:
   """New frames x (b, f, p, n, d) as they are attended before they are stored."""
   return x
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from longlive_jax.kernels import launch
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
-from longlive_jax.quant import nvfp4, training, weights
+from longlive_jax.quant import fp8, nvfp4, training, weights
 
 Array = jax.Array
 
@@ -55,6 +55,16 @@ def _w4a16(weight: nvfp4.NVFP4Array, x: Array) -> Array:
 @matmul_rule.register
 def _w4a4(weight: weights.W4A4, x: Array) -> Array:
   return weights.quantised_product(x, weight)
+
+
+@matmul_rule.register
+def _w8a16(weight: fp8.FP8Array, x: Array) -> Array:
+  return matmul_rule(fp8.dequantise(weight, x.dtype), x)
+
+
+@matmul_rule.register
+def _w8a8(weight: weights.W8A8, x: Array) -> Array:
+  return fp8.product(x, weight.weight)
 
 
 @matmul_rule.register

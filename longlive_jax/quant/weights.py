@@ -1,14 +1,17 @@
-"""Weights in 4 bits for inference, and how a network's weights become such.
+"""Weights in 4 or 8 bits for inference, and how a network's weights become such.
 
 A weight is a pytree that stands where the array (out, in) stood. Networks do not know:
 `layers.linear.matmul` has a rule for every type. Stacked blocks have stacked weights
-(l, out, in), every layer with a tensor scale of its own, so a scan over layers hands
-out single ones.
+(l, out, in), every layer with scales of its own, so a scan over layers hands out
+single ones.
 
-  type         activations                          product
-  NVFP4Array   as they are                          in their dtype, of dequantised or,
+  mode          type         activations            product
+  w4a16         NVFP4Array   as they are            in their dtype, of dequantised or,
                                                     for few rows, of packed weights
-  W4A4         quantised too, along `in`            in 4 bits, simulated or native
+  w4a4          W4A4         NVFP4, along `in`      in 4 bits, simulated
+  w4a4_native   W4A4         NVFP4, along `in`      in 4 bits, by Blackwell's units
+  w8a16         FP8Array     as they are            in their dtype, of dequantised
+  fp8           W8A8         FP8, a scale a token   in 8 bits
 """
 
 import dataclasses
@@ -26,13 +29,17 @@ from jax import lax
 from longlive_jax.kernels import launch
 from longlive_jax.kernels.nvfp4_matmul import NATIVE, matmul_w4a4, matmul_w4a16
 from longlive_jax.kernels.nvfp4_quantise import quantise
-from longlive_jax.quant import nvfp4
+from longlive_jax.quant import fp8, nvfp4
+from longlive_jax.quant.fp8 import FP8Array
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
 from longlive_jax.quant.product import product, scaled, tensor_factor
 
 Array = jax.Array
 
-MODES = ("w4a16", "w4a4", "w4a4_native")
+FP8_MODES = ("w8a16", "fp8")
+MODES = ("w4a16", "w4a4", "w4a4_native", *FP8_MODES)
+# Types that are quantised arrays, and what their bytes are reported as.
+PACKED = {NVFP4Array: "nvfp4", FP8Array: "float8_e4m3fn"}
 # SPEC 9: all linear layers inside blocks. Embeddings, time and head stay.
 BLOCK_LINEARS = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
 
@@ -62,6 +69,21 @@ class W4A4:
   native: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class W8A8:
+  """An FP8 weight whose activations are quantised, too, with a scale for every token.
+
+  Attributes:
+    weight: (..., out, in), with a scale for every output.
+  """
+
+  weight: FP8Array
+
+
+QUANTISED = (*PACKED, W4A4, W8A8)  # what stands where a weight stood
+
+
 def quantise_weights(
   model: Any,
   patterns: Sequence[str] = BLOCK_LINEARS,
@@ -71,7 +93,7 @@ def quantise_weights(
   activation_rule: str = "mse",
   tiles: bool = False,
 ) -> Any:
-  """The network with the weights of some linear layers in NVFP4.
+  """The network with the weights of some linear layers in NVFP4 or FP8.
 
   Works on abstract trees, too: `jax.eval_shape(quantise_weights, abstract)`.
 
@@ -79,8 +101,8 @@ def quantise_weights(
     model: a network, or any pytree of networks.
     patterns: of layers' paths, such as "blocks/self_attn/q", by fnmatch, where * also
       matches a slash.
-    mode: 'w4a16', 'w4a4' or 'w4a4_native'; see the table above.
-    rule, activation_rule: of nvfp4.RULES.
+    mode: of MODES; see the table above.
+    rule, activation_rule: of nvfp4.RULES; without effect in FP8, as tiles.
     tiles: one scale for 16 x 16 weights instead of 1 x 16, as training may have it.
 
   Raises:
@@ -92,8 +114,11 @@ def quantise_weights(
   for name in (rule, activation_rule):
     nvfp4.rule_of(name)
 
-  def convert(path: str, weight: Array) -> NVFP4Array | W4A4:
-    packed = _quantise_each(weight, rule, tiles)
+  def convert(path: str, weight: Array) -> NVFP4Array | W4A4 | FP8Array | W8A8:
+    if mode in FP8_MODES:
+      rows = _quantise_each(fp8.quantise, weight)
+      return rows if mode == "w8a16" else W8A8(rows)
+    packed = _quantise_each(nvfp4.quantise, weight, rule=rule, tiles=tiles)
     if mode == "w4a16":
       return packed
     return W4A4(packed, activation_rule, native=mode == "w4a4_native")
@@ -114,14 +139,16 @@ def check_mode(mode: str) -> None:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantise_each(weight: Array, rule: str, tiles: bool) -> NVFP4Array:
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("rule", "tiles"))
+def _quantise_each(
+  quantise_one: Callable[..., Any], weight: Array, **settings: Any
+) -> NVFP4Array | FP8Array:
   """(..., out, in), each matrix on its own."""
   if weight.ndim == 2:
-    return nvfp4.quantise(weight, rule=rule, tiles=tiles)
+    return quantise_one(weight, **settings)
   # One after the other: the float32 intermediates of all layers at once are several
   # times the network.
-  return lax.map(lambda layer: _quantise_each(layer, rule, tiles), weight)
+  return lax.map(lambda one: _quantise_each(quantise_one, one, **settings), weight)
 
 
 def map_matrices(
@@ -164,7 +191,7 @@ def map_matrices(
 
 
 def _check_plain(name: str, weight: Any) -> None:
-  if isinstance(weight, NVFP4Array | W4A4):
+  if isinstance(weight, QUANTISED):
     raise ValueError(f"{name} is quantised already; start from float weights")
   if not isinstance(weight, Array | np.ndarray):
     raise ValueError(
@@ -178,17 +205,22 @@ def _check_plain(name: str, weight: Any) -> None:
     )
 
 
+def is_packed(node: Any) -> bool:
+  """Whether a node of a tree is a quantised array."""
+  return isinstance(node, tuple(PACKED))
+
+
 def weight_bytes(model: Any) -> dict[str, int]:
   """Bytes of a network by precision, largest first: {"nvfp4": ..., "bfloat16": ...}.
 
-  Scales count as part of the numbers they belong to, and an array that stands in two
-  places once. The tree may be abstract.
+  Quantised arrays go by their names in PACKED, scales as part of the numbers they
+  belong to. An array that stands in two places counts once. The tree may be abstract.
   """
   found: dict[str, int] = {}
-  leaves = jax.tree.leaves(model, is_leaf=lambda n: isinstance(n, NVFP4Array))
+  leaves = jax.tree.leaves(model, is_leaf=is_packed)
   for leaf in {id(leaf): leaf for leaf in leaves}.values():
-    packed = isinstance(leaf, NVFP4Array)
-    name = "nvfp4" if packed else leaf.dtype.name
+    packed = is_packed(leaf)
+    name = PACKED[type(leaf)] if packed else leaf.dtype.name
     size = leaf.nbytes if packed else leaf.size * leaf.dtype.itemsize
     found[name] = found.get(name, 0) + size
   return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from longlive_jax.quant.nvfp4 import NVFP4Array
+from longlive_jax.quant.weights import is_packed
 
 
 @jax.tree_util.register_dataclass
@@ -127,8 +127,8 @@ def cast(tree: Any, dtype: jnp.dtype) -> Any:
   """
 
   def convert(leaf: Any) -> Any:
-    if isinstance(leaf, NVFP4Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if is_packed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf
     return leaf.astype(dtype)
 
-  return jax.tree.map(convert, tree, is_leaf=lambda a: isinstance(a, NVFP4Array))
+  return jax.tree.map(convert, tree, is_leaf=is_packed)
