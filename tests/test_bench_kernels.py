@@ -64,6 +64,10 @@ def test_native_products_are_counted():
   text = "\n".join(
     [
       "HloModule jit_step",
+      "%c (x: f32[2]) -> pred[] {",
+      "  ROOT %t = pred[] constant(true)",
+      "}",
+      "",
       "%layer.1 (x: f32[2]) -> f32[2] {",
       call(b"tcgen05.mma.kind::mxf4nvf4.block_scale" + bytes(range(256))),
       call(b"wgmma.mma_async"),
@@ -72,7 +76,8 @@ def test_native_products_are_counted():
       "ENTRY %main.2 (x: f32[2]) -> f32[2] {",
       f"  %y = f32[2]{{0}} while(%x), condition=%c, body=%layer.1, {trips}",
       '  %z = f32[2]{0} custom-call(%y), custom_call_target="__cudnn$blockScaledDot"',
-      "  ROOT %w = f32[2]{0} call(%z), to_apply=%layer.1",
+      "  %layer.1 = f32[2]{0} negate(%z)",  # an operand, not the computation
+      "  ROOT %w = f32[2]{0} call(%layer.1), to_apply=%layer.1",
       "}",
     ]
   )

@@ -65,6 +65,11 @@ def test_powers_of_two():
   same_bits(jax.jit(exact.inverse_power_of_two)(x[:-1]), 1 / want[:-1])
 
 
+def test_inf_and_nan_do_not_vanish():
+  got = jax.jit(exact.divide)(np.float32([np.inf, np.nan, -np.nan, 1]), 3.0)
+  np.testing.assert_array_equal(got, np.float32([np.inf, np.nan, np.nan, 1 / 3]))
+
+
 def test_division_keeps_shapes():
   assert exact.divide(jnp.ones((2, 1, 3)), jnp.ones((4, 1))).shape == (2, 4, 3)
   assert exact.divide(1.0, 3.0).shape == ()

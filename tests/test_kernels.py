@@ -153,6 +153,14 @@ def test_what_is_larger_than_a_given_amax_is_cut_off(run):
   assert_same(run(quantise, x, **settings), want)
 
 
+def test_an_amax_too_small_to_divide_by_counts_as_zero(run):
+  x = keys(jnp.float32, 1e-37)
+  settings = {**PLAIN, "amax": jnp.array([2.0**-120, 2.0**-110]), "rule": "static_6"}
+  got = run(quantise, x, **settings)
+  assert not np.any(got.codes) and not np.any(blocks_of(got)[1])
+  assert_same(got, expected(nvfp4.quantise, x, batch_axes=1, rule="static_6"))
+
+
 def test_one_row_and_no_batch(run):
   x = keys(jnp.float32).reshape(-1)
   settings = {**PLAIN, "batch_axes": 0, "rule": "mse"}

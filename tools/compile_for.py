@@ -84,6 +84,13 @@ def compile_for(
   return lowered.compile()
 
 
+# Attributes that name computations; operands of an instruction may have such names too.
+_CALLED = (
+  r"(?:calls|to_apply|body|condition|true_computation|false_computation)=(%[\w.-]+)"
+  r"|(?:branch_computations|called_computations)={([^}]*)}"
+)
+
+
 def custom_calls(text: str) -> dict[str, int]:
   """Counts what one run of a compiled program calls, by target.
 
@@ -105,8 +112,8 @@ def custom_calls(text: str) -> dict[str, int]:
         native = "blockScaled" in target[1] or b"mxf4nvf4" in _triton_code(line)
         counts["native_fp4"] += times * native
       trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-      for called in re.findall(r"%[\w.-]+", line.partition("(")[2]):
-        if called in computations:
+      for one, several in re.findall(_CALLED, line):
+        for called in re.findall(r"%[\w.-]+", one or several):
           visit(called, times * (int(trips[1]) if trips else 1))
 
   visit(next(iter(computations)), 1)

@@ -162,6 +162,10 @@ def find(
   sizes = store.NETWORKS[kind][2]
   if size not in sizes:
     raise ValueError(f"{kind} size={size!r} is unknown; use one of {sorted(sizes)}")
+  if precision.mode and kind != "dit":
+    raise ValueError(
+      f"precision={precision.mode!r} is for transformers ('dit'), not for {kind!r}"
+    )
   precisions.check(precision, sizes[size], steps)
   if weights == "random":
     return Source(kind, sizes[size], None, precision, steps)

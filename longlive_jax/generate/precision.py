@@ -48,9 +48,10 @@ class Precision:
       )
     for name in (self.rule, self.activation_rule):
       nvfp4.rule_of(name)
-    for name in ("plain_edges", "plain_steps"):
+    for name in ("layers", "plain_edges", "plain_steps"):
       value = getattr(self, name)
-      if value and not self.mode:
+      chosen = value != weights.BLOCK_LINEARS if name == "layers" else value
+      if chosen and not self.mode:
         raise ValueError(
           f"precision_{name}={value} needs a precision, but precision='' quantises "
           f"nothing; use one of {', '.join(weights.MODES)} with it, or leave it out"

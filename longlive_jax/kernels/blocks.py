@@ -6,7 +6,7 @@ the same bits. A thread holds a block as two halves of 8, `a` and `b`, each (blo
 what a 16-byte load of bf16 gives it. So nothing is computed twice or exchanged between
 threads.
 
-A scale of 4 over 6 costs 40 instructions a number and not the bandwidth, so what is
+A scale of 4 over 6 costs 60 instructions a number and not the bandwidth, so what is
 done for every number is done with few. Small floats are handled through their bits: an
 anchor is added whose unit in the last place is the step of the small format, which
 rounds to nearest even.

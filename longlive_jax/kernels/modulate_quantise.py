@@ -113,8 +113,8 @@ def triton(
   if amax is None:
     (found,) = run(largest_call(x, scale, shift, eps))
     batch = x.shape[:batch_axes]
-    found = jnp.max(found.reshape(*batch, -1), axis=-1)
-    amax = jnp.where(found < nvfp4.SMALLEST, 0.0, found)
+    amax = jnp.max(found.reshape(*batch, -1), axis=-1)
+  amax = nvfp4.countable(amax)
   codes, scales = run(encode_call(x, scale, shift, eps, amax, rule))
   return NVFP4Array(
     codes.reshape(*x.shape[:-1], n // 2),

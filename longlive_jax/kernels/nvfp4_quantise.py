@@ -93,8 +93,8 @@ def triton(
   batch, n = x.shape[:batch_axes], x.shape[-1]
   if amax is None:
     (found,) = run(largest_call(x, batch_axes, front, mean))
-    found = jnp.max(found, axis=1).reshape(batch)
-    amax = jnp.where(found < nvfp4.SMALLEST, 0.0, found)
+    amax = jnp.max(found, axis=1).reshape(batch)
+  amax = nvfp4.countable(amax)
   codes, scales = run(encode_call(x, batch_axes, front, mean, amax, rule))
   return NVFP4Array(
     codes.reshape(*x.shape[:-1], n // 2),

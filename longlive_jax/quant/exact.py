@@ -14,17 +14,19 @@ from jax import lax
 Array = jax.Array
 
 _ONE = 1 << 23  # the leading bit of a float32's significand
+_INFINITE = 0xFF << 23  # the exponent of inf and NaN
 
 
 def divide(a: Array | float, b: Array | float) -> Array:
   """a / b, rounded to nearest even: the machine's quotient, corrected in integers.
 
   Args:
-    a: float32, not negative, finite; subnormal numbers count as 0.
+    a: float32, not negative; subnormal numbers count as 0.
     b: float32, positive, normal; broadcast against a.
 
   Returns:
-    float32. A quotient below 2**-126 is 0; one beyond float32 is not defined.
+    float32, without a gradient. A quotient below 2**-126 is 0, one beyond float32 is
+    not defined; that of inf and NaN is a itself.
   """
   a, b = (
     lax.bitcast_convert_type(jnp.asarray(v, jnp.float32), jnp.int32)
@@ -33,7 +35,7 @@ def divide(a: Array | float, b: Array | float) -> Array:
   x, y = ((v & (_ONE - 1)) | _ONE for v in (a, b))  # significands, 24 bits
   less = (x < y).astype(jnp.int32)
   x = x << less  # x / y is in [1, 2)
-  machine = x.astype(jnp.float32) / y.astype(jnp.float32)  # off by 2 units at most
+  machine = x.astype(jnp.float32) / y.astype(jnp.float32)  # off by 2 units on a GPU
   significand = (machine * _ONE).astype(jnp.int32)
   # Of 47 bits the lowest 32 are kept, which are all of this small difference.
   rest2 = 2 * ((x << 23) - significand * y)
@@ -43,8 +45,11 @@ def divide(a: Array | float, b: Array | float) -> Array:
   up = rest2[..., None] > jnp.array([-5, -3, -1, 1, 3, 5], jnp.int32) * y[..., None]
   terms = jnp.concatenate([bits[..., None], up.astype(jnp.int32)], axis=-1)
   normal = (a >= _ONE) & (exponent > 0)
+  special = (a & _INFINITE) == _INFINITE
+  terms = jnp.where((normal & ~special)[..., None], terms, 0)
+  terms = terms.at[..., 0].set(jnp.where(special, a, terms[..., 0]))
   # A sum, so that XLA does not repeat all this for each of the 16 numbers of a block.
-  bits = jnp.sum(jnp.where(normal[..., None], terms, 0), axis=-1)
+  bits = jnp.sum(terms, axis=-1)
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 

@@ -21,7 +21,7 @@ to even, or stochastic with a key. Special values:
 
   zeros      of either sign give code 0; so does a tensor of zeros (amax 0)
   tiny       a tensor with amax below 2**-104 counts as zeros, and so does a block
-             whose maximum is below 2**-123
+             whose maximum is below 2**-123.4
   inf, NaN   and anything beyond 2**110: the block's scale becomes NaN, so the whole
              block reads as NaN and nothing vanishes silently; amax is that of the
              other numbers
@@ -153,8 +153,7 @@ def quantise(
   x = x.astype(jnp.float32)
   good = jnp.abs(x) <= LARGEST  # False for NaN
   x = jnp.where(good, x, 0)
-  if amax is None:
-    amax = largest(x, batch_axes)
+  amax = largest(x, batch_axes) if amax is None else countable(amax)
   blocks = _to_tiles(x) if tiles else x.reshape(*x.shape[:-1], -1, BLOCK)
   wide = amax.reshape(*amax.shape, *[1] * (blocks.ndim - amax.ndim))
   codes, scales = _encode(blocks, wide, chosen, key, reference)
@@ -200,11 +199,15 @@ def _through_jvp(primals, tangents):
 
 
 def largest(x: Array, batch_axes: int = 0) -> Array:
-  """Largest magnitude over all but the batch axes, float32; below 2**-104 it is 0."""
-  found = jnp.max(
-    jnp.abs(x.astype(jnp.float32)), axis=tuple(range(batch_axes, x.ndim)), initial=0.0
-  )
-  return jnp.where(found < SMALLEST, 0.0, found)
+  """Largest magnitude that counts over all but the batch axes, float32."""
+  x = jnp.abs(x.astype(jnp.float32))
+  x = jnp.where(x <= LARGEST, x, 0)  # nor does NaN count
+  return countable(jnp.max(x, axis=tuple(range(batch_axes, x.ndim)), initial=0.0))
+
+
+def countable(amax: Array) -> Array:
+  """A largest magnitude; 0 below 2**-104, where scales would leave float32."""
+  return jnp.where(amax < SMALLEST, 0.0, amax)
 
 
 # ------------------------------------------------------------------ codes and bytes

@@ -214,11 +214,14 @@ def weight_bytes(model: Any) -> dict[str, int]:
   """Bytes of a network by precision, largest first: {"nvfp4": ..., "bfloat16": ...}.
 
   Quantised arrays go by their names in PACKED, scales as part of the numbers they
-  belong to. An array that stands in two places counts once. The tree may be abstract.
+  belong to. An array that stands in two places counts once (not as its mere shape: the
+  tree may be abstract).
   """
   found: dict[str, int] = {}
   leaves = jax.tree.leaves(model, is_leaf=is_packed)
-  for leaf in {id(leaf): leaf for leaf in leaves}.values():
+  # By their codes: whoever maps over a tree makes quantised arrays anew around these.
+  apart = {id(leaf.codes if is_packed(leaf) else leaf): leaf for leaf in leaves}
+  for leaf in apart.values():
     packed = is_packed(leaf)
     name = PACKED[type(leaf)] if packed else leaf.dtype.name
     size = leaf.nbytes if packed else leaf.size * leaf.dtype.itemsize
