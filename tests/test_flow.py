@@ -91,7 +91,7 @@ def test_ar_loss_is_a_function_of_the_key_and_respects_the_mask():
     return jnp.zeros_like(inputs.noisy)
 
   batch = {"latents": latents, "mask": mask}
-  loss, metrics = flow.ar_loss(network, batch, jax.random.key(1), settings)
+  loss, (metrics, _) = flow.ar_loss(network, batch, jax.random.key(1), settings)
   again, _ = flow.ar_loss(network, batch, jax.random.key(1), settings)
   other, _ = flow.ar_loss(network, batch, jax.random.key(2), settings)
   assert loss == again != other
