@@ -23,6 +23,8 @@ RUNNERS = (
   ("schedule/solvers*", schedules.solvers, False),
   ("schedule/denoising_step_list*", schedules.step_lists, False),
   ("losses/ar_*", losses.ar_loss, False),
+  ("losses/dmd_generator*", losses.generator_loss, True),
+  ("losses/critic_flow*", losses.critic_loss, True),
   ("losses/timestep_sampling*", losses.timestep_draws, False),
   ("t5/encoder*", texts.encoder, False),
   ("t5/text_cleaning*", texts.cleaning, False),
