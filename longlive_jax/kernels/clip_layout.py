@@ -80,6 +80,41 @@ class ClipLayout:
         "rank holds whole chunks"
       )
 
+  @classmethod
+  def of_frames(
+    cls,
+    frames: int,
+    frames_per_chunk: int,
+    tokens_per_frame: int,
+    *,
+    teacher_forced: bool = True,
+    independent_first_frame: bool = False,
+    ranks: int = 1,
+  ) -> "ClipLayout":
+    """The layout of a clip of latent frames.
+
+    Raises:
+      ValueError: when frames do not divide into chunks, or chunks into ranks, or for
+        teacher forcing together with an independent first frame.
+    """
+    first = 1 if independent_first_frame else 0
+    if (frames - first) % frames_per_chunk:
+      raise ValueError(
+        f"frames={frames} must be {first} plus a multiple of "
+        f"frames_per_chunk={frames_per_chunk}"
+      )
+    if teacher_forced and independent_first_frame:
+      raise ValueError(
+        "teacher forcing is not defined with independent_first_frame=True"
+      )
+    return cls(
+      chunk=frames_per_chunk * tokens_per_frame,
+      chunks=first + (frames - first) // frames_per_chunk,
+      first_chunk=first * tokens_per_frame,
+      teacher_forced=teacher_forced,
+      ranks=ranks,
+    )
+
   @property
   def halves(self) -> int:
     """Clean and noisy, or 1."""

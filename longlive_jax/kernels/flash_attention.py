@@ -34,7 +34,7 @@ class Tiles:
 
 
 # For Hopper and heads of 128, as large as registers and shared memory allow.
-FORWARD = Tiles(128, 64, 8, 3)
+FORWARD = Tiles(128, 128, 8, 2)
 QUERY_GRADIENT = Tiles(128, 64, 8, 3)
 KEY_GRADIENT = Tiles(64, 128, 8, 3)
 
