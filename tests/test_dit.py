@@ -335,6 +335,21 @@ def test_clean_latents_at_another_timestep_are_another_context(model):
   assert difference[:, :N].max() < 1e-6 and difference[:, N:].max() > 1e-3
 
 
+def test_padding_reaches_no_frame(model):
+  """The last frame shares its chunk with one that is valid."""
+  changed = latents()
+  changed[:, -1] += 1
+
+  def run(x, valid):
+    return train_forward(
+      model, x, features(np.full((B, F), 500.0)), prompts(1), frames_per_chunk=N,
+      clean=x, valid_frames=jnp.full((B,), valid),
+    )[:, :-1]  # fmt: skip
+
+  np.testing.assert_array_equal(run(changed, F - 1), run(latents(), F - 1))
+  assert np.abs(run(changed, F) - run(latents(), F)).max() > 1e-3
+
+
 def test_remat_changes_nothing(model):
   def loss(model, remat):
     v = dit.train_forward(
