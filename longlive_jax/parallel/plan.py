@@ -389,7 +389,8 @@ def _choose(workload, hardware, fixed, decode_frames=1) -> Prediction:
 
 def _advice(workload: Workload, hardware: Hardware, fixed: Mapping[str, Any]) -> str:
   """Which settings would make a workload fit that does not."""
-  fewer = [{k: v for k, v in fixed.items() if k != name} for name in fixed]
+  names = sorted(fixed, key=lambda name: name == "precision")  # the weights last
+  fewer = [{k: v for k, v in fixed.items() if k != name} for name in names]
   for free in [*fewer, {}]:
     found = _choose(workload, hardware, free)
     if found.fits:
