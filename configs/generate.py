@@ -92,9 +92,12 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.negative_prompt = ""
 
   # The run. `devices` share the videos of a batch; `decode_frames` are decoded at a
-  # time: more is faster, less needs less memory.
+  # time: more is faster, less needs less memory. `plan` fills in what is not set:
+  # layout, and fewer bits if nothing else fits; 'off', or 'auto' with the rates of a
+  # machine as tools/bench_generate.py --out=FILE measured them: FILE.
   config.i2v = False
   config.seed = 0
+  config.plan = "auto"
   config.devices = 1
   config.decode_frames = 8
   config.cache_dir = "~/.cache/longlive_jax/text"

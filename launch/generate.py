@@ -25,7 +25,7 @@ Ctrl-C ends after the chunk under way; the MP4 plays and the state can be resume
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from ml_collections import config_flags
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import (
   networks,
+  planning,
   recorder,
   report,
   request,
@@ -49,6 +50,7 @@ from longlive_jax.generate import (
 from longlive_jax.generate import stream as streams
 from longlive_jax.models import text, vae
 from longlive_jax.parallel import mesh as meshes
+from longlive_jax.parallel import plan
 from longlive_jax.quant.weights import weight_bytes
 from longlive_jax.stopping import StopRequest
 
@@ -103,8 +105,13 @@ def define_flags() -> None:
   flags.DEFINE_integer("rewind_to", None, "Chunk to resume at; default the last saved.")
 
 
-def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
+def run(
+  config: ml_collections.ConfigDict, options: Options, asked: Collection[str] = ()
+) -> dict[str, Any]:
   """Generates and writes everything; returns the report.
+
+  Args:
+    asked: names of settings that the planner must leave as they are.
 
   Raises:
     ValueError: something asked for is impossible; found before any network is built.
@@ -118,9 +125,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   board, snapshot = find_storyboard(options)
   if snapshot is not None:
     resuming.check_resumed(config, store.load_metadata(snapshot).get("config", {}))
-  sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
-  choice = networks.Choice(**networks.pick(networks.Choice, config))
-  sources = networks.find_all(choice)
+  sampling, sources = find_networks(config)
   if options.mode == "bidirectional" and any(len(set(s.prompts)) > 1
                                              for s in board.samples):  # fmt: skip
     raise ValueError("mode=bidirectional makes one shot; give one prompt a video")
@@ -148,6 +153,15 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
       f"devices={config.devices} must divide the {board.batch} videos and be at most "
       f"the {jax.device_count()} that exist"
     )
+  planned = None
+  if options.mode == "stream":
+    resumed = snapshot is not None
+    planned = planning.plan_run(config, sources, board.batch, asked, resumed=resumed)
+  if planned is not None:
+    print(plan.describe(planned.prediction), file=sys.stderr)
+  if planned is not None and planned.changes:
+    config = ml_collections.ConfigDict({**config, **planned.changes})
+    sampling, sources = find_networks(config)
   output = request.check_folder(options.output)
   check_overwrites(options, output, snapshot)
   if options.save_state:
@@ -206,6 +220,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   # ------------------------------------------------------------------ generate
   record = recorder.Recorder(output, board.batch, config.fps)
   about = {"config": config.to_dict(), "storyboard": board.record()}
+  about["planned"] = list(planned.changes) if planned else []
   stop = StopRequest()
   first_chunk, done, state, saved, error = 0, 0, None, None, ""
   with stop.on_signals("chunk"):
@@ -276,6 +291,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
     "seed": config.seed,
     **report.environment(),
     "speed": watch.summary(),
+    "plan": planning.comparison(planned, watch.loop_fps),
     "bytes": memory,
     "chunks": [first_chunk, done],
     "stopped_by": stop.reason,
@@ -292,6 +308,15 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   except OSError as failed:
     result["error"] = result["error"] or str(failed)
   return result
+
+
+def find_networks(
+  config: ml_collections.ConfigDict,
+) -> tuple[sampler.Sampling, networks.Sources]:
+  """How to sample, and from which networks: settings checked, nothing built."""
+  sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
+  choice = networks.Choice(**networks.pick(networks.Choice, config))
+  return sampling, networks.find_all(choice)
 
 
 def memory_line(memory: Mapping[str, Mapping[str, int]]) -> str:
@@ -467,12 +492,12 @@ def main(argv: list[str]) -> None:
   try:
     values["durations"] = parse_durations(values["durations"])
     options = expand_paths(Options(**{**values, "prompt": tuple(values["prompt"])}))
+    asked = overrides(flags.FLAGS["config"])
     if options.resume:
       saved = snapshots.find(options.resume, options.rewind_to)
-      made_with = store.load_metadata(saved)["config"]
-      asked = overrides(flags.FLAGS["config"])
+      made_with = planning.kept_settings(store.load_metadata(saved))
       config.update(resuming.resumed_settings(config, made_with, asked))
-    result = run(config, options)
+    result = run(config, options, asked)
   except (ValueError, OSError, FloatingPointError) as error:
     sys.exit(f"error: {error}")
   print(json.dumps({k: result[k] for k in ("videos", "speed", "state")}, indent=2))

@@ -144,6 +144,12 @@ def environment() -> dict[str, Any]:
   }
 
 
+def peak_bytes() -> int | None:
+  """The most that any device has had in use; None where the backend does not say."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  return max((s["peak_bytes_in_use"] for s in stats if s), default=None)
+
+
 def write_json(path: str | Path, content: Any) -> None:
   """Writes beside, then renames: the file is never half there."""
   path = Path(path)
