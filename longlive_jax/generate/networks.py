@@ -357,12 +357,11 @@ def random_like(abstract: Any) -> Any:
   """
   leaves, structure = jax.tree.flatten(abstract, is_leaf=_is_fp8)
   # rbg for the reason given above.
-  key = jax.device_put(jax.random.key(0, impl="rbg"), jax.devices()[0])
   places = [id(leaf.codes if _is_fp8(leaf) else leaf) for leaf in leaves]
   distinct = dict(zip(places, leaves, strict=True))
-  keys = jax.random.split(key, len(distinct))
+  keys = jax.random.split(jax.random.key(0, impl="rbg"), len(distinct))
   drawn = {
-    place: _draw(leaf, key)
+    place: jax.device_put(_draw(leaf, key), jax.devices()[0])
     for (place, leaf), key in zip(distinct.items(), keys, strict=True)
   }
   return jax.tree.unflatten(structure, [drawn[place] for place in places])
