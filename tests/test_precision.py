@@ -18,6 +18,8 @@ from longlive_jax.generate.precision import Precision
 from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, weights
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 CONFIG = dataclasses.replace(dit.SIZES["test"], layers=3)  # one is in the middle
 
 

@@ -17,6 +17,8 @@ from longlive_jax.generate.precision import Precision
 from longlive_jax.models import dit
 from longlive_jax.quant import weights
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -21,6 +21,8 @@ from longlive_jax.models import dit
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 CONFIG = dit.SIZES["test"]
 SAMPLING = Sampling(
   frames_per_chunk=2, window_frames=6, sink_frames=2, steps=1, solver="euler"
