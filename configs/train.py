@@ -28,6 +28,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     raise ValueError(f"config={arg!r} is unknown; choose from toy, test")
   c = ml_collections.ConfigDict()
   c.workdir = f"outputs/train_{arg}"
+  c.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
   c.seed = 0
   c.steps = 21_000
   c.batch_size = 96  # sequences of view.window chunks

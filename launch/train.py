@@ -30,6 +30,7 @@ from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
+from longlive_jax.programs import keep_programs
 from longlive_jax.quant.training import TrainingSettings, prepare_training
 from longlive_jax.stopping import StopRequest
 from longlive_jax.train import flow, latents, loop, recycle
@@ -352,6 +353,7 @@ def main(argv: list[str]) -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax reports every rename
   for name in ("train", "longlive_jax"):
     logging.getLogger(name).setLevel(logging.INFO)
+  keep_programs(_CONFIG.value.programs_dir)
   train(_CONFIG.value)
 
 

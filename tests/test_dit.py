@@ -11,6 +11,8 @@ from longlive_jax.generate import sampler
 from longlive_jax.layers import kv_cache, rope
 from longlive_jax.models import dit
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 CONFIG = dit.SIZES["test"]
 Y, X = 4, 6
 B, N, CHUNKS = 2, 2, 3  # videos, frames of a chunk, chunks of a clip

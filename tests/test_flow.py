@@ -13,6 +13,8 @@ from longlive_jax.generate import sampler
 from longlive_jax.layers import kv_cache
 from longlive_jax.train import context, flow
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 GOLDEN = sorted((Path(__file__).parent / "golden" / "flow").glob("*.npz"))
 
 

@@ -20,6 +20,8 @@ from longlive_jax.models import dit, umt5, vae
 from longlive_jax.models.text import Tokenizer
 from longlive_jax.train import flow, latents, loop, state
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 ROOT = Path(__file__).parent.parent
 
 
