@@ -101,6 +101,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.devices = 1
   config.decode_frames = 8
   config.cache_dir = "~/.cache/longlive_jax/text"
+  config.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
 
   if size == "ti2v-5b":
     config.vae = "wan2.2"

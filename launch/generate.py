@@ -23,9 +23,11 @@ Ctrl-C ends after the chunk under way; the MP4 plays and the state can be resume
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ from longlive_jax.generate import stream as streams
 from longlive_jax.models import text, vae
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.parallel import plan
+from longlive_jax.programs import keep_programs
 from longlive_jax.quant.weights import weight_bytes
 from longlive_jax.stopping import StopRequest
 
@@ -62,7 +65,6 @@ _CONFIG = config_flags.DEFINE_config_file(
   "Settings; override with --config.NAME=VALUE.",
   flag_values=_FLAGS,
 )
-
 
 # What Orbax, tensorstore and the file system raise when a disk is full.
 DISK_ERRORS = (OSError, ValueError, RuntimeError)
@@ -106,17 +108,21 @@ def define_flags() -> None:
 
 
 def run(
-  config: ml_collections.ConfigDict, options: Options, asked: Collection[str] = ()
+  config: ml_collections.ConfigDict,
+  options: Options,
+  asked: Collection[str] = (),
+  imports: float = 0.0,
 ) -> dict[str, Any]:
   """Generates and writes everything; returns the report.
 
   Args:
     asked: names of settings that the planner must leave as they are.
+    imports: seconds from the start of the process to this call, for the report.
 
   Raises:
     ValueError: something asked for is impossible; found before any network is built.
   """
-  watch = report.Stopwatch()
+  watch = report.Stopwatch(imports)
 
   # ------------------------------------------------------------------ check it all
   options = expand_paths(options)
@@ -167,6 +173,7 @@ def run(
   if options.save_state:
     request.check_folder(options.save_state, "save_state")
   cache_dir = request.check_folder(config.cache_dir, "cache_dir")
+  watch.part("checks")
 
   # ------------------------------------------------------------------ prompts
   # The encoder is read, run and gone before the other networks come.
@@ -190,31 +197,40 @@ def run(
     cut=arrays.cut,
     shot=arrays.shot,
   )
+  watch.part("prompts")
 
   # ------------------------------------------------------------------ networks
-  video_vae = networks.load(sources.vae, config.dtype)
-  model = networks.load(sources.dit, config.dtype)
+  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
+  init_state = functools.partial(
+    streams.init_state,
+    sampling=sampling,
+    key=jax.random.key(config.seed),
+    samples=np.arange(board.batch),
+    y=y,
+    x=x,
+  )
+  mesh = meshes.data_mesh(config.devices) if config.devices > 1 else None
+  # What is compiled needs no weights: they are read in the meantime.
+  parts = [networks.abstract(part, config.dtype) for part in (sources.dit, sources.vae)]
+  empty = jax.eval_shape(lambda: init_state(*parts))
+  decoding = {"decode_frames": config.decode_frames, "mesh": mesh}
+  with futures.ThreadPoolExecutor(1) as thread:
+    if options.mode == "stream":
+      steps = (*parts, empty, story, sampling)
+      programs = thread.submit(streams.compile_ahead, *steps, **decoding)
+    video_vae = networks.load(sources.vae, config.dtype)
+    model = networks.load(sources.dit, config.dtype)
+    watch.part("load")
+  if options.mode == "stream":
+    programs.result()  # raises what went wrong
+  watch.part("compile")
   image = encode(video_vae, first)
   if given is not None:
     given = encode(video_vae, given) if given.dtype == np.uint8 else given
     given = np.repeat(given, board.batch // len(given), axis=0)
-  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
-
-  def init_state() -> streams.StreamState:
-    return streams.init_state(
-      model,
-      video_vae,
-      sampling,
-      key=jax.random.key(config.seed),
-      samples=np.arange(board.batch),
-      y=y,
-      x=x,
-    )
-
   memory = {"transformer": weight_bytes(model), "vae": weight_bytes(video_vae)}
   if options.mode == "stream":
-    cache = jax.eval_shape(init_state).cache
-    memory["cache"] = weight_bytes((cache.k, cache.v))
+    memory["cache"] = weight_bytes((empty.cache.k, empty.cache.v))
   print(memory_line(memory), file=sys.stderr)
 
   # ------------------------------------------------------------------ generate
@@ -230,15 +246,13 @@ def run(
       watch.frames(frames.shape[0] * frames.shape[1])
     else:
       if snapshot is None:
-        state = init_state()
+        state = init_state(model, video_vae)
       else:
-        state = store.load(snapshot, jax.eval_shape(init_state))
+        state = store.load(snapshot, empty)
         first_chunk = done = int(state.chunk)
         if left := snapshots.unwritten(snapshot):
           record.add(left)
-      mesh = None
-      if config.devices > 1:
-        mesh = meshes.data_mesh(config.devices)
+      if mesh is not None:
         state = streams.shard_state(state, mesh)
         model, video_vae = meshes.replicate((model, video_vae), mesh)
       bar = report.ProgressBar(story.chunks, "chunks")
@@ -262,8 +276,7 @@ def run(
           sampling,
           image=image,
           given=given,
-          decode_frames=config.decode_frames,
-          mesh=mesh,
+          **decoding,
           should_stop=lambda: bool(stop),
           on_state=keep,
         ):
@@ -497,7 +510,8 @@ def main(argv: list[str]) -> None:
       saved = snapshots.find(options.resume, options.rewind_to)
       made_with = planning.kept_settings(store.load_metadata(saved))
       config.update(resuming.resumed_settings(config, made_with, asked))
-    result = run(config, options, asked)
+    keep_programs(config.programs_dir)
+    result = run(config, options, asked, report.process_age())
   except (ValueError, OSError, FloatingPointError) as error:
     sys.exit(f"error: {error}")
   print(json.dumps({k: result[k] for k in ("videos", "speed", "state")}, indent=2))

@@ -16,7 +16,7 @@ from longlive_jax.generate.report import peak_bytes
 from longlive_jax.generate.request import SPATIAL
 from longlive_jax.parallel import hardware, plan
 
-# What of `plan.Plan` the planner fills in. The rest is as the config has it, if it does:
+# What of `plan.Plan` the planner fills in. The rest is as the config has it:
 # `exchange_format` changes numbers, so it is never chosen for speed.
 SETTINGS = ("devices", "precision", "kv_format", "decode_frames")
 # What a saved state was made with, so that a resumed run keeps it.

@@ -224,6 +224,7 @@ def cached_forward(
   *,
   t_scale: float = 1.0,
   keep: bool = False,
+  remat: bool = False,
 ) -> tuple[Array, tuple[Any, Any] | None]:
   """One forward of a chunk against the cache, which is only read.
 
@@ -234,6 +235,7 @@ def cached_forward(
       rotates by window position.
     t_scale: factor on window positions (relative RoPE).
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
+    remat: recompute blocks in the backward pass.
 
   Returns:
     velocity (b, f, y, x, c), and None or (k, v), each (l, b, f, p, n, d) in the type
@@ -275,7 +277,8 @@ def cached_forward(
       slots_k, slots_v = layer
       return out, (kv_slots.encode(slots_k, k), kv_slots.encode(slots_v, v))
 
-    return model(latents, time, text, attend, (cache.k, cache.v))
+    layers = (cache.k, cache.v)
+    return model(latents, time, text, attend, layers, remat=remat)
 
   lengths = placement.length * p
   if attention.default_implementation(model.dtype) != "cudnn":

@@ -22,9 +22,22 @@ def data_mesh(devices: int | None = None) -> Mesh:
   return jax.make_mesh((count,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
+def place(tree: Any, where: jax.Device | jax.sharding.Sharding) -> Any:
+  """`jax.device_put`; of an abstract array it is noted where the real one will be."""
+  if isinstance(where, jax.Device):
+    where = jax.sharding.SingleDeviceSharding(where)
+
+  def put(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.device_put(leaf, where)
+
+  return jax.tree.map(put, tree)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """A copy of every array on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  return place(tree, NamedSharding(mesh, P()))
 
 
 def shard_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
@@ -39,4 +52,4 @@ def shard_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
       raise ValueError(
         f"batch={leaf.shape[axis]} must be a multiple of devices={mesh.size}"
       )
-  return jax.device_put(tree, sharding)
+  return place(tree, sharding)
