@@ -278,7 +278,10 @@ def shares(
     denoise_ms, decode_ms: of a chunk; None without a decoder.
   """
   attention = stages["attention"].flops / (1e-3 * table["attention"]["ms"])
-  hardware = dataclasses.replace(hardware, attention=attention)
+  ratio = hardware.attention_fp8 / hardware.attention
+  hardware = dataclasses.replace(
+    hardware, attention=attention, attention_fp8=ratio * attention
+  )
 
   def share(names: Iterable[str], ms: float) -> float:
     return 1e3 * sum(stages[n].calls * hardware.floor(stages[n]) for n in names) / ms
