@@ -96,9 +96,9 @@ def test_stages_are_those_of_the_cost_model(kv_format):
   work = costs.Work(1, 8, 32, 64, 4, 2, "", kv_format)
   stages = costs.transformer_stages(config, work)
   assert cases.keys() == stages.keys()
-  for name in ("norm_rope", "cache_read", "attention"):
+  for name in ("cache_read", "attention"):
     case = cases[name]
-    arrays = [a for a in jax.tree.leaves(case.arguments) if a.size > 1e4]
+    arrays = jax.tree.leaves(case.arguments)
     arrays += jax.tree.leaves(jax.eval_shape(case.function, *case.arguments))
     moved = sum(a.size * a.dtype.itemsize for a in arrays)
     assert stages[name].bytes == pytest.approx(moved, rel=0.2), name
@@ -112,7 +112,7 @@ def test_carried_arguments_are_handed_on():
   )
   assert bench_stages.timed(case, rounds=2, budget=0.0).seconds > 0
   np.testing.assert_array_equal(state, 0)
-  video_vae = bench_networks.random_networks("test", "test", jnp.float32)[1]
+  video_vae = store.abstract_network("vae", vae.VAE_SIZES["test"])
   decode = bench_stages.decode_case(video_vae, 2, 4, 4)
   state, frames = jax.eval_shape(decode.function, *decode.arguments)
   assert frames.shape == (1, 8, 64, 64, 3) and frames.dtype == jnp.uint8
