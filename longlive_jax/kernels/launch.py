@@ -143,7 +143,7 @@ def _triton_call(call: Call, inputs: tuple[Array, ...]) -> list[Array]:
   except ImportError as error:
     raise ValueError(
       "implementation='triton' needs an NVIDIA GPU, JAX's CUDA plugin and jax-triton; "
-      "use implementation='jnp'"
+      "use another implementation, as 'jnp'"
     ) from error
   # Sums of products may not become fused multiply-adds: the codec rounds each step.
   exact = {"enable_fp_fusion": False}
