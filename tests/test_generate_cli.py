@@ -1,5 +1,6 @@
 """launch/generate.py end to end, with tiny networks of random weights."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,9 +20,18 @@ from PIL import Image
 
 from longlive_jax.checkpoint import quantised, store
 from longlive_jax.data.video import VideoWriter
-from longlive_jax.generate import networks, report, request, resuming, stream
+from longlive_jax.generate import (
+  networks,
+  planning,
+  report,
+  request,
+  resuming,
+  stream,
+)
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.models.text import train_toy_tokenizer
+from longlive_jax.parallel import hardware, plan
+from longlive_jax.parallel.hardware import HARDWARE
 from longlive_jax.quant.weights import BLOCK_LINEARS
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -103,6 +113,7 @@ def test_prompts_to_video(generate, config, tmp_path):
     assert sheet.size == (2 * 64, 2 * 32)  # two shots, two chunks each
   saved = json.loads((out / "run.json").read_text())
   assert saved["chunks"] == [0, 4] and saved["config"]["steps"] == 2
+  assert saved["plan"]["filled_in"] == {} and saved["plan"]["predicted"]["fps"] > 0
   assert saved["storyboard"][0]["cuts"] == [False, False, True, False]
   assert saved["versions"]["jax"] == jax.__version__ and saved["seed"] == 0
   assert saved["device"]["count"] >= 1
@@ -210,6 +221,34 @@ def test_a_command_line_over_the_settings_of_a_saved_run(generate):
   saved |= {"kv_group": 16, "colour": "blue"}
   with pytest.raises(ValueError, match=r"unknown here: \['colour', 'kv_group'\]"):
     resuming.resumed_settings(config, saved, {})
+
+
+def test_what_the_planner_fills_in(generate, config, tmp_path, monkeypatch):
+  """A machine in which the cache fits in 8 bits only; a resumed run keeps them."""
+  workload = planning.workload(config, generate.find_networks(config)[1], 1)
+  small = dataclasses.replace(HARDWARE["cpu"], kind="small")
+  sizes = [
+    plan.predict(workload, small, plan.Plan(kv_format=kv_format)).peak
+    for kv_format in ("", "fp8")
+  ]
+  assert sizes[1] < sizes[0]
+  small = dataclasses.replace(small, memory=(sizes[0] + sizes[1]) / 2 / plan.USABLE)
+  monkeypatch.setattr(hardware, "this_machine", lambda: small)
+  states = str(tmp_path / "states")
+  options = generate.Options(
+    prompt=("a",), chunks=2, output=str(tmp_path / "a"), save_state=states
+  )
+  with pytest.raises(ValueError, match=r"GB more than a small has .* would fit"):
+    generate.run(config, options, {"kv_format", "precision"})
+  result = generate.run(config, options)
+  assert result["config"]["kv_format"] == "fp8" and config.kv_format == ""
+  assert "kv_format" in result["planned"]
+  saved = store.load_metadata(result["state"])
+  resumed = config.copy_and_resolve_references()
+  resumed.update(planning.kept_settings(saved))
+  more = generate.Options(prompt=("b",), chunks=1, output=str(tmp_path / "b"),
+                          resume=states)  # fmt: skip
+  assert generate.run(resumed, more)["config"]["kv_format"] == "fp8"
 
 
 def test_a_tilde_is_the_home_folder(generate, config, tmp_path, monkeypatch):

@@ -7,14 +7,15 @@ frames. Chunks before the window is full are left out, except where a name says
 otherwise. End to end = from noise to uint8 frames on the host. `dit_chunk_ms_early`
 and `_late` compare the first chunks with a full window and the last ones: a longer
 video must not be slower. Jitter is what the slowest chunk in a hundred takes beyond
-the median. Cold is with nothing compiled, the networks being there.
+the median. Cold is with nothing compiled, but the networks there.
 
 Each stage is also run by itself and held against its floor (bench_stages.py); "other"
 is what a whole chunk takes beyond their sum. The rates of this run are in the JSON as
 `hardware`: launch/generate.py plans with them by --config.plan=FILE. Predicted is what
 parallel/plan.py says by the rates of its own table, without those of this run.
 
-Peaks of memory are those of the process. Compiling a decoder of full size needs more
+Peaks of memory are those of the process, with --latents_only without the decoder.
+Compiling a decoder of full size needs more
 than running it, since convolutions are tried with up to 4 GB of scratch: for the peak
 of running, give the same --programs folder to two runs and take the second, with
 --memory_only.
@@ -135,31 +136,32 @@ def percentiles(stamps: list[float], window: int) -> dict[str, float]:
 
 
 def speed(model, video_vae, sampling, plot, y, x) -> dict[str, Any]:
-  """Cold and warm runs, without the decoder first: its memory would hide theirs."""
+  """Runs with the decoder, cold and warm, and without it."""
   window = sampling.window_frames // sampling.frames_per_chunk
   frames = 4 * sampling.frames_per_chunk
   figures: dict[str, Any] = {}
   before = streaming.compiled_programs()
-  for prefix, network in (("dit", None), ("end_to_end", video_vae)):
-    if prefix == "end_to_end":
-      if network is None:
-        break
-      jax.clear_caches()  # else only the decoder would be cold
-      before = streaming.compiled_programs()
-    stamps = run(model, network, sampling, plot, y, x)
-    figures[f"{prefix}_first_chunk_cold_s"] = stamps[1] - stamps[0]
-    warm = streaming.compiled_programs()
+  kinds = {"end_to_end": video_vae} if video_vae is not None else {}
+  for kind, network in {**kinds, "dit": None}.items():
+    first = "programs" not in figures
+    if first:
+      with bench_memory.compilations() as compiling:
+        stamps = run(model, network, sampling, plot, y, x)
+      figures["first_chunk_cold_s"] = stamps[1] - stamps[0]
+      figures["compile_s"], figures["compilations"] = sum(compiling), len(compiling)
+      warm = streaming.compiled_programs()
+      figures["programs"] = {name: warm[name] - before[name] for name in warm}
     stamps = run(model, network, sampling, plot, y, x)
     total = stamps[-1] - stamps[0]
     steady = percentiles(stamps, window)
-    figures |= {f"{prefix}_{name}": value for name, value in steady.items()}
-    figures[f"{prefix}_first_chunk_warm_s"] = stamps[1] - stamps[0]
-    figures[f"{prefix}_fps"] = 1e3 * frames / steady["chunk_ms_median"]
+    figures |= {f"{kind}_{name}": value for name, value in steady.items()}
+    figures[f"{kind}_first_chunk_warm_s"] = stamps[1] - stamps[0]
+    figures[f"{kind}_fps"] = 1e3 * frames / steady["chunk_ms_median"]
     dropped = 0 if network is None else 3  # placeholders of the first latent frame
-    figures[f"{prefix}_fps_all_chunks"] = (frames * plot.chunks - dropped) / total
-    figures[f"{prefix}_peak_bytes"] = figures["peak_bytes"] = report.peak_bytes()
+    figures[f"{kind}_fps_all_chunks"] = (frames * plot.chunks - dropped) / total
+    if first:  # what comes after is less
+      figures["peak_bytes"] = report.peak_bytes()
   after = streaming.compiled_programs()
-  figures["programs"] = {name: warm[name] - before[name] for name in warm}
   figures["programs_after_warm_up"] = sum(after.values()) - sum(warm.values())
   return figures
 
@@ -268,9 +270,7 @@ def main(argv: list[str]) -> None:
     if _PROFILE.value:
       with jax.profiler.trace(_PROFILE.value):
         run(*everything, plot, y, x)
-    figures["compiled"] = bench_memory.programs(
-      *everything, _DECODE_FRAMES.value, y, x
-    )
+    figures["denoise_program"] = bench_memory.denoise_program(model, sampling, y, x)
     figures |= stages(figures, *everything, y, x)
   finish(figures)
 
