@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from longlive_jax.generate import sampler
+from longlive_jax.generate import on_mesh, sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers.kv_cache import KVCache
 from longlive_jax.models import vae
@@ -132,24 +133,23 @@ def init_state(
 
 
 def shard_state(state: StreamState, mesh: jax.sharding.Mesh) -> StreamState:
-  """Splits the videos of a stream over the devices of a mesh."""
-  cache = dataclasses.replace(
-    meshes.shard_batch(dataclasses.replace(state.cache, k=None, v=None), mesh),
-    k=meshes.shard_batch(state.cache.k, mesh, axis=1),
-    v=meshes.shard_batch(state.cache.v, mesh, axis=1),
-  )
-  whole = (state.key, state.chunk, state.frame, state.finite)
-  key, chunk, frame, finite = meshes.replicate(whole, mesh)
-  return StreamState(
-    cache=cache,
-    decoder=meshes.shard_batch(state.decoder, mesh),
-    key=key,
-    samples=meshes.shard_batch(state.samples, mesh),
-    chunk=chunk,
-    frame=frame,
-    finite=finite,
+  """Spreads a stream over the devices of `mesh.generation_mesh`.
+
+  Args:
+    state: arrays, or shapes, which get a sharding: what to load a saved state as.
+  """
+  whole, videos = P(), P(meshes.DATA)
+  specs = StreamState(
+    cache=on_mesh.cache_specs(state.cache),
+    decoder=videos,
+    key=whole,
+    samples=videos,
+    chunk=whole,
+    frame=whole,
+    finite=whole,
     latent_shape=state.latent_shape,
   )
+  return meshes.place(state, specs, mesh)
 
 
 def copy_state(state: StreamState) -> StreamState:
@@ -157,15 +157,15 @@ def copy_state(state: StreamState) -> StreamState:
   return jax.tree.map(jnp.copy, state)
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-def _denoise(model, cache, chunk, sampling):
-  latents, cache = sampler.denoise_chunk(model, cache, chunk, sampling)
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1)
+def _denoise(model, cache, chunk, sampling, mesh):
+  latents, cache = on_mesh.denoise_chunk(model, cache, chunk, sampling, mesh)
   return latents, jnp.all(jnp.isfinite(latents)), cache
 
 
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
-def _remember(model, cache, latents, chunk, sampling):
-  return sampler.clean_pass(model, cache, latents, chunk, sampling)
+@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
+def _remember(model, cache, latents, chunk, sampling, mesh):
+  return on_mesh.clean_pass(model, cache, latents, chunk, sampling, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
@@ -226,7 +226,8 @@ def stream(
     given: latents (b, f, y, x, c) that the video starts with; they are remembered,
       decoded and handed out first. Only looked at while state.frame is 0.
     decode_frames: latent frames that the VAE decodes at a time.
-    mesh: spreads the videos over devices; the state must be sharded alike.
+    mesh: of `mesh.generation_mesh`, spreads the work over devices; the state must be
+      sharded alike.
     should_stop: asked before each chunk; what is under way is still handed out.
     on_state: called with the number of chunks done and the state, before the next
       chunk reuses its memory; copy or save it there.
@@ -285,7 +286,7 @@ def stream(
       piece = put(jnp.asarray(given[:, frame : frame + length], jnp.float32))
       chunk = inputs(0, frame, piece, None)
       chunk = dataclasses.replace(chunk, cut=jnp.zeros_like(chunk.cut))
-      cache = _remember(model, state.cache, piece, chunk, sampling)
+      cache = _remember(model, state.cache, piece, chunk, sampling, mesh)
       frames, decoder = decode(state.decoder, piece)
       frame += length
       state = dataclasses.replace(
@@ -299,7 +300,7 @@ def stream(
     frames = np.tile(np.arange(frame, frame + length, dtype=np.int32), (b, 1))
     noise = _noise(state.key, state.samples, put(frames), state.latent_shape)
     chunk = inputs(index, frame, noise, image if index == 0 else None)
-    latents, finite, cache = _denoise(model, state.cache, chunk, sampling)
+    latents, finite, cache = _denoise(model, state.cache, chunk, sampling, mesh)
     decoded, decoder = decode(state.decoder, latents)
     index, frame = index + 1, frame + length
     state = dataclasses.replace(

@@ -1,4 +1,8 @@
-"""Devices: a mesh and where arrays live on it."""
+"""Devices: a mesh, where arrays live on it, and how several processes find together.
+
+Generation has three axes: DATA, videos of a batch; BRANCH, the rows of the network's
+batch with and without prompt (guidance); SEQUENCE, tokens and heads of one video.
+"""
 
 from typing import Any
 
@@ -7,6 +11,34 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 DATA = "data"
+BRANCH = "branch"
+SEQUENCE = "seq"
+
+
+def initialize(spec: str) -> None:
+  """Joins the processes of a run over several hosts; every one of them calls it first.
+
+  Args:
+    spec: 'auto' where Slurm, MPI or a cloud says who is who, or
+      'HOST:PORT,PROCESS,PROCESSES' with the address of process 0; '' does nothing.
+
+  Raises:
+    ValueError: anything else.
+  """
+  if not spec:
+    return
+  if spec == "auto":
+    jax.distributed.initialize()
+    return
+  try:
+    address, process, processes = spec.split(",")
+    numbers = int(process), int(processes)
+  except ValueError as error:
+    raise ValueError(
+      f"distributed={spec!r} must be 'auto' or HOST:PORT,PROCESS,PROCESSES; use "
+      "10.0.0.1:1234,0,2 for the first of two"
+    ) from error
+  jax.distributed.initialize(address, numbers[1], numbers[0])
 
 
 def data_mesh(devices: int | None = None) -> Mesh:
@@ -22,21 +54,78 @@ def data_mesh(devices: int | None = None) -> Mesh:
   return jax.make_mesh((count,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
+def generation_mesh(data: int = 1, branch: int = 1, sequence: int = 1) -> Mesh:
+  """The mesh of generation; devices that share a video are neighbours.
+
+  Raises:
+    ValueError: when fewer devices exist than asked for.
+  """
+  have, count = jax.device_count(), data * branch * sequence
+  if min(data, branch, sequence) < 1 or count > have:
+    raise ValueError(
+      f"devices={data} x guidance_devices={branch} x sequence_devices={sequence} are "
+      f"{count} devices; must be between 1 and the {have} that exist"
+    )
+  return jax.make_mesh(
+    (data, branch, sequence),
+    (DATA, BRANCH, SEQUENCE),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+
+
+def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+  """Arrays to their places; shapes (ShapeDtypeStruct) get a sharding.
+
+  Args:
+    tree: arrays; every process has the same ones.
+    specs: PartitionSpecs, a tree of which `tree` is a continuation.
+  """
+
+  def one(spec: P, leaf: Any) -> Any:
+    sharding = NamedSharding(mesh, _split(spec, mesh))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+      return jax.device_put(leaf, sharding)
+    # device_put would send every array around to see whether processes agree on it.
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
+
+  return jax.tree.map(
+    lambda spec, part: jax.tree.map(lambda leaf: one(spec, leaf), part), specs, tree
+  )
+
+
+def _split(spec: P, mesh: Mesh) -> P:
+  """The spec without axes of size 1.
+
+  Compiled programs return their outputs so: a chunk's would not be what the first chunk
+  was given, and the second chunk would compile again.
+  """
+  parts: list[Any] = []
+  for names in spec:
+    names = names if isinstance(names, tuple) else (names,)
+    names = tuple(name for name in names if name and mesh.shape[name] > 1)
+    parts.append(names[0] if len(names) == 1 else names or None)
+  while parts and parts[-1] is None:
+    parts.pop()
+  return P(*parts)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """A copy of every array on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  return place(tree, P(), mesh)
 
 
 def shard_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
-  """Splits axis `axis` of every array over the mesh.
+  """Splits axis `axis` of every array over the mesh's DATA axis.
 
   Raises:
     ValueError: when the batch is not a multiple of the number of devices.
   """
-  sharding = NamedSharding(mesh, P(*(None,) * axis, DATA))
+  devices = mesh.shape[DATA]
   for leaf in jax.tree.leaves(tree):
-    if leaf.shape[axis] % mesh.size:
+    if leaf.shape[axis] % devices:
       raise ValueError(
-        f"batch={leaf.shape[axis]} must be a multiple of devices={mesh.size}"
+        f"batch={leaf.shape[axis]} must be a multiple of devices={devices}"
       )
-  return jax.device_put(tree, sharding)
+  return place(tree, P(*(None,) * axis, DATA), mesh)
