@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.generate import sampler
 from longlive_jax.layers import kv_cache
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.parallel.mesh import BRANCH, DATA, SEQUENCE
 from longlive_jax.parallel.sequence import Layout
 from longlive_jax.quant import weights
@@ -22,7 +23,7 @@ from longlive_jax.quant import weights
 Array = jax.Array
 
 
-def check(
+def mesh_for(
   *,
   devices: int,
   guidance_devices: int,
@@ -30,8 +31,14 @@ def check(
   batch: int,
   heads: int,
   guidance: float,
-) -> None:
-  """Whether so many devices can share the work; builds nothing.
+) -> Mesh | None:
+  """The mesh on which so many devices share the work; None is a single device.
+
+  Args:
+    devices: that share the videos.
+    guidance_devices: that share the rows of a video with and without prompt.
+    sequence_devices: that share its tokens and heads.
+    batch, heads, guidance: videos, heads of the transformer, guidance scale.
 
   Raises:
     ValueError: numbers that do not divide, or more devices than there are.
@@ -57,12 +64,7 @@ def check(
       f"sequence_devices={sequence_devices} must divide the {heads} heads of the "
       f"transformer; use one of {fitting}"
     )
-  have, count = jax.device_count(), devices * guidance_devices * sequence_devices
-  if count > have:
-    raise ValueError(
-      f"devices={devices} x guidance_devices={guidance_devices} x "
-      f"sequence_devices={sequence_devices} are {count}; at most the {have} that exist"
-    )
+  return meshes.generation_mesh(devices, guidance_devices, sequence_devices)
 
 
 def cache_specs(cache: kv_cache.KVCache) -> kv_cache.KVCache:

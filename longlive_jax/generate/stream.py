@@ -129,10 +129,10 @@ def init_state(
     latent_shape=(y, x, model.config.in_channels),
   )
   # Committed, as what the steps return is: else the second chunk compiles again.
-  return jax.device_put(state, jax.devices()[0])
+  return jax.device_put(state, jax.local_devices()[0])
 
 
-def shard_state(state: StreamState, mesh: jax.sharding.Mesh) -> StreamState:
+def shard_state(state: StreamState, mesh: jax.sharding.Mesh | None) -> StreamState:
   """Spreads a stream over the devices of `mesh.generation_mesh`.
 
   Args:
@@ -242,9 +242,9 @@ def stream(
   config, n = model.config, sampling.frames_per_chunk
   b = state.samples.shape[0]
   _check(state, story, sampling, image, given)
-  put = functools.partial(meshes.shard_batch, mesh=mesh) if mesh else (lambda t: t)
+  put = functools.partial(meshes.shard_batch, mesh=mesh)
 
-  def inputs(index, frame, noise, known):
+  def inputs(index, frame, noise, known, cut):
     """Inputs of chunk `index` of the story, at latent frame `frame`."""
     b, f = noise.shape[:2]
     frames = np.tile(np.arange(frame, frame + f, dtype=np.int32), (b, 1))
@@ -263,7 +263,7 @@ def stream(
       negative=negative,
       frames=frames,
       temporal=sampler.chunk_temporal(config, sampling, frames, story.shot[index]),
-      cut=story.cut[index],
+      cut=cut,
       known=fixed,
       given=held,
     )
@@ -283,9 +283,9 @@ def stream(
   pending = None
   if given is not None and frame == 0:
     for length in _lengths(given.shape[1], n, sampling.independent_first_frame):
-      piece = put(jnp.asarray(given[:, frame : frame + length], jnp.float32))
-      chunk = inputs(0, frame, piece, None)
-      chunk = dataclasses.replace(chunk, cut=jnp.zeros_like(chunk.cut))
+      piece = np.asarray(given[:, frame : frame + length], np.float32)
+      piece = jnp.asarray(put(piece))
+      chunk = inputs(0, frame, piece, None, np.zeros_like(story.cut[0]))
       cache = _remember(model, state.cache, piece, chunk, sampling, mesh)
       frames, decoder = decode(state.decoder, piece)
       frame += length
@@ -299,7 +299,8 @@ def stream(
     length = 1 if alone else n
     frames = np.tile(np.arange(frame, frame + length, dtype=np.int32), (b, 1))
     noise = _noise(state.key, state.samples, put(frames), state.latent_shape)
-    chunk = inputs(index, frame, noise, image if index == 0 else None)
+    known = image if index == 0 else None
+    chunk = inputs(index, frame, noise, known, story.cut[index])
     latents, finite, cache = _denoise(model, state.cache, chunk, sampling, mesh)
     decoded, decoder = decode(state.decoder, latents)
     index, frame = index + 1, frame + length
@@ -367,5 +368,5 @@ def _fetch(index, latents, finite, decoded) -> StreamedChunk:
     )
   if decoded is None:
     return StreamedChunk(index, latents, None)
-  frames, dropped = jax.device_get(decoded)
+  frames, dropped = meshes.to_host(decoded)
   return StreamedChunk(index, latents, frames[:, int(dropped[0]) :])

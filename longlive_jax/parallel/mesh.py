@@ -7,6 +7,8 @@ batch with and without prompt (guidance); SEQUENCE, tokens and heads of one vide
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,31 +43,23 @@ def initialize(spec: str) -> None:
   jax.distributed.initialize(address, numbers[1], numbers[0])
 
 
-def data_mesh(devices: int | None = None) -> Mesh:
-  """A one-axis mesh over the batch.
-
-  Raises:
-    ValueError: when fewer devices exist than asked for.
-  """
-  have = jax.device_count()
-  count = have if devices is None else devices
-  if not 1 <= count <= have:
-    raise ValueError(f"devices={count} must be between 1 and the {have} that exist")
-  return jax.make_mesh((count,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def generation_mesh(data: int = 1, branch: int = 1, sequence: int = 1) -> Mesh:
+def generation_mesh(data: int = 1, branch: int = 1, sequence: int = 1) -> Mesh | None:
   """The mesh of generation; devices that share a video are neighbours.
+
+  Returns:
+    None for a single device: nothing is spread.
 
   Raises:
     ValueError: when fewer devices exist than asked for.
   """
   have, count = jax.device_count(), data * branch * sequence
-  if min(data, branch, sequence) < 1 or count > have:
+  if not 1 <= count <= have:
     raise ValueError(
       f"devices={data} x guidance_devices={branch} x sequence_devices={sequence} are "
-      f"{count} devices; must be between 1 and the {have} that exist"
+      f"{count}; must be between 1 and the {have} that exist"
     )
+  if count == 1:
+    return None
   return jax.make_mesh(
     (data, branch, sequence),
     (DATA, BRANCH, SEQUENCE),
@@ -73,13 +67,30 @@ def generation_mesh(data: int = 1, branch: int = 1, sequence: int = 1) -> Mesh:
   )
 
 
-def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set in any process of the run; all have to ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def to_host(tree: Any) -> Any:
+  """NumPy copies of whole arrays, in every process."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
   """Arrays to their places; shapes (ShapeDtypeStruct) get a sharding.
 
   Args:
     tree: arrays; every process has the same ones.
     specs: PartitionSpecs, a tree of which `tree` is a continuation.
+    mesh: None leaves everything where it is.
   """
+  if mesh is None:
+    return tree
 
   def one(spec: P, leaf: Any) -> Any:
     sharding = NamedSharding(mesh, _split(spec, mesh))
@@ -111,18 +122,18 @@ def _split(spec: P, mesh: Mesh) -> P:
   return P(*parts)
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
   """A copy of every array on every device."""
   return place(tree, P(), mesh)
 
 
-def shard_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
+def shard_batch(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
   """Splits axis `axis` of every array over the mesh's DATA axis.
 
   Raises:
     ValueError: when the batch is not a multiple of the number of devices.
   """
-  devices = mesh.shape[DATA]
+  devices = 1 if mesh is None else mesh.shape[DATA]
   for leaf in jax.tree.leaves(tree):
     if leaf.shape[axis] % devices:
       raise ValueError(
