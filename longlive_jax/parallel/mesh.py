@@ -75,10 +75,14 @@ def any_process(flag: bool) -> bool:
 
 
 def to_host(tree: Any) -> Any:
-  """NumPy copies of whole arrays, in every process."""
-  if jax.process_count() == 1:
-    return jax.device_get(tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+  """NumPy copies of whole arrays, in every process; all have to ask."""
+
+  def whole(leaf: Any) -> Any:
+    if getattr(leaf, "is_fully_addressable", True):
+      return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.device_get(jax.tree.map(whole, tree))
 
 
 def place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:

@@ -170,12 +170,13 @@ def _fp8(layout: Layout, x: Array, tokens: int, smooth: bool) -> Array:
 
 
 def _nvfp4(layout: Layout, x: Array, tokens: int, smooth: bool) -> Array:
-  # Smoothed as an NVFP4 cache does it, see layers/kv_slots.py.
+  # Smoothed as an NVFP4 cache does it, see layers/kv_slots.py; the mean stays float32,
+  # as every device makes it for itself.
   mean, settings, rest = None, {}, x
   if smooth:
-    mean = layout.token_mean(x, tokens).astype(jnp.bfloat16)
+    mean = layout.token_mean(x, tokens)
     settings = {"front": "token_mean", "mean": mean}
-    rest = x.astype(jnp.float32) - mean[:, :, None].astype(jnp.float32)
+    rest = x.astype(jnp.float32) - mean[:, :, None]
   amax = nvfp4.largest(rest, 2, layout.axes)
   packed = quantise(x, batch_axes=2, amax=amax, **settings)
   packed = dataclasses.replace(
