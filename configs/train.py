@@ -28,6 +28,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     raise ValueError(f"config={arg!r} is unknown; choose from toy, test")
   c = ml_collections.ConfigDict()
   c.workdir = f"outputs/train_{arg}"
+  c.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
   c.seed = 0
   c.steps = 21_000
   c.batch_size = 96  # sequences of view.window chunks
@@ -67,6 +68,18 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.flow.weighting = "uniform"
   c.flow.context_noise_max = 0
   c.flow.context_jitter = 0.1
+
+  # The errors that the network makes, kept by noise level and added to later samples:
+  # see longlive_jax/train/recycle.py. The paper has 50 buckets.
+  c.recycle = ml_collections.ConfigDict()
+  c.recycle.buckets = 0  # off
+  c.recycle.capacity = 500
+  c.recycle.clean_prob = 0.2
+  c.recycle.noise_prob = 0.01
+  c.recycle.latent_prob = 0.9
+  c.recycle.context_prob = 0.9
+  c.recycle.spread = 0.3
+  c.recycle.clean_keep_prob = 0.1
 
   # Low precision of the products with weights; master weights stay float32.
   c.quantise = ml_collections.ConfigDict()

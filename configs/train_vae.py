@@ -27,6 +27,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.workdir = f"outputs/train_vae_{arg}"  # metrics and checkpoints to resume from
   c.out = f"outputs/{arg}_vae"  # the trained VAE
   c.size = arg  # of longlive_jax.models.vae.VAE_SIZES
+  c.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
   c.seed = 0
   c.steps = 5000
   c.batch_size = 20

@@ -25,9 +25,11 @@ Ctrl-C ends after the chunk under way; the MP4 plays and the state can be resume
 """
 
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from longlive_jax.checkpoint import store
 from longlive_jax.generate import (
   networks,
   on_mesh,
+  planning,
   recorder,
   report,
   request,
@@ -52,6 +55,8 @@ from longlive_jax.generate import (
 from longlive_jax.generate import stream as streams
 from longlive_jax.models import text, vae
 from longlive_jax.parallel import mesh as meshes
+from longlive_jax.parallel import plan
+from longlive_jax.programs import keep_programs
 from longlive_jax.quant.weights import weight_bytes
 from longlive_jax.stopping import StopRequest
 
@@ -63,7 +68,6 @@ _CONFIG = config_flags.DEFINE_config_file(
   "Settings; override with --config.NAME=VALUE.",
   flag_values=_FLAGS,
 )
-
 
 # What Orbax, tensorstore and the file system raise when a disk is full.
 DISK_ERRORS = (OSError, ValueError, RuntimeError)
@@ -109,13 +113,22 @@ def define_flags() -> None:
   )
 
 
-def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
+def run(
+  config: ml_collections.ConfigDict,
+  options: Options,
+  asked: Collection[str] = (),
+  imports: float = 0.0,
+) -> dict[str, Any]:
   """Generates and writes everything; returns the report.
+
+  Args:
+    asked: names of settings that the planner must leave as they are.
+    imports: seconds from the start of the process to this call, for the report.
 
   Raises:
     ValueError: something asked for is impossible; found before any network is built.
   """
-  watch = report.Stopwatch()
+  watch = report.Stopwatch(imports)
 
   # ------------------------------------------------------------------ check it all
   options = expand_paths(options)
@@ -124,9 +137,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   board, snapshot = find_storyboard(options)
   if snapshot is not None:
     resuming.check_resumed(config, store.load_metadata(snapshot).get("config", {}))
-  sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
-  choice = networks.Choice(**networks.pick(networks.Choice, config))
-  sources = networks.find_all(choice)
+  sampling, sources = find_networks(config)
   if options.mode == "bidirectional" and any(len(set(s.prompts)) > 1
                                              for s in board.samples):  # fmt: skip
     raise ValueError("mode=bidirectional makes one shot; give one prompt a video")
@@ -149,19 +160,25 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
         f"continue_from={options.continue_from} holds {len(given)} videos for "
         f"{board.batch} storyboards; give one, or as many"
       )
-  mesh = on_mesh.mesh_for(
-    devices=config.devices,
-    guidance_devices=config.guidance_devices,
-    sequence_devices=config.sequence_devices,
-    batch=board.batch,
-    heads=sources.dit.config.heads,
-    guidance=config.guidance,
-  )
+  mesh = find_mesh(config, sources, board.batch)
+  if mesh is not None:
+    asked = {*asked, "devices"}  # the planner leaves the others to whoever set some
+  planned = None
+  if options.mode == "stream":
+    resumed = snapshot is not None
+    planned = planning.plan_run(config, sources, board.batch, asked, resumed=resumed)
+  if planned is not None:
+    print(plan.describe(planned.prediction), file=sys.stderr)
+  if planned is not None and planned.changes:
+    config = ml_collections.ConfigDict({**config, **planned.changes})
+    sampling, sources = find_networks(config)
+    mesh = find_mesh(config, sources, board.batch)
   output = request.check_folder(options.output)
   check_overwrites(options, output, snapshot)
   if options.save_state:
     request.check_folder(options.save_state, "save_state")
   cache_dir = request.check_folder(config.cache_dir, "cache_dir")
+  watch.part("checks")
 
   # ------------------------------------------------------------------ prompts
   # The encoder is read, run and gone before the other networks come.
@@ -185,37 +202,46 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
     cut=arrays.cut,
     shot=arrays.shot,
   )
+  watch.part("prompts")
 
   # ------------------------------------------------------------------ networks
-  video_vae = networks.load(sources.vae, config.dtype)
-  model = networks.load(sources.dit, config.dtype)
+  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
+  init_state = functools.partial(
+    streams.init_state,
+    sampling=sampling,
+    key=jax.random.key(config.seed),
+    samples=np.arange(board.batch),
+    y=y,
+    x=x,
+  )
+  # What is compiled needs no weights: they are read in the meantime.
+  parts = [networks.abstract(part, config.dtype) for part in (sources.dit, sources.vae)]
+  empty = jax.eval_shape(lambda: init_state(*parts))
+  decoding = {"decode_frames": config.decode_frames, "mesh": mesh}
+  with futures.ThreadPoolExecutor(1) as thread:
+    if options.mode == "stream":
+      steps = (*parts, empty, story, sampling)
+      programs = thread.submit(streams.compile_ahead, *steps, **decoding)
+    video_vae = networks.load(sources.vae, config.dtype)
+    model = networks.load(sources.dit, config.dtype)
+    watch.part("load")
+  if options.mode == "stream":
+    programs.result()  # raises what went wrong
+  watch.part("compile")
   image = encode(video_vae, first)
   if given is not None:
     given = encode(video_vae, given) if given.dtype == np.uint8 else given
     given = np.repeat(given, board.batch // len(given), axis=0)
-  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
-
-  def init_state() -> streams.StreamState:
-    return streams.init_state(
-      model,
-      video_vae,
-      sampling,
-      key=jax.random.key(config.seed),
-      samples=np.arange(board.batch),
-      y=y,
-      x=x,
-    )
-
   memory = {"transformer": weight_bytes(model), "vae": weight_bytes(video_vae)}
   if options.mode == "stream":
-    cache = jax.eval_shape(init_state).cache
-    memory["cache"] = weight_bytes((cache.k, cache.v))
+    memory["cache"] = weight_bytes((empty.cache.k, empty.cache.v))
   print(memory_line(memory), file=sys.stderr)
 
   # ------------------------------------------------------------------ generate
   writes = jax.process_index() == 0
   record = recorder.Recorder(output, board.batch if writes else 0, config.fps)
   about = {"config": config.to_dict(), "storyboard": board.record()}
+  about["planned"] = list(planned.changes) if planned else []
   stop = StopRequest()
   first_chunk, done, state, saved, error = 0, 0, None, None, ""
   with stop.on_signals("chunk"):
@@ -225,10 +251,9 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
       watch.frames(frames.shape[0] * frames.shape[1])
     else:
       if snapshot is None:
-        state = streams.shard_state(init_state(), mesh)
+        state = streams.shard_state(init_state(model, video_vae), mesh)
       else:
-        like = streams.shard_state(jax.eval_shape(init_state), mesh)
-        state = store.load(snapshot, like)
+        state = store.load(snapshot, streams.shard_state(empty, mesh))
         first_chunk = done = int(state.chunk)
         if writes and (left := snapshots.unwritten(snapshot)):
           record.add(left)
@@ -254,8 +279,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
           sampling,
           image=image,
           given=given,
-          decode_frames=config.decode_frames,
-          mesh=mesh,
+          **decoding,
           should_stop=lambda: meshes.any_process(bool(stop)),
           on_state=keep,
         ):
@@ -283,6 +307,7 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
     "seed": config.seed,
     **report.environment(),
     "speed": watch.summary(),
+    "plan": planning.comparison(planned, watch.loop_fps),
     "bytes": memory,
     "chunks": [first_chunk, done],
     "stopped_by": stop.reason,
@@ -301,6 +326,29 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   except OSError as failed:
     result["error"] = result["error"] or str(failed)
   return result
+
+
+def find_networks(
+  config: ml_collections.ConfigDict,
+) -> tuple[sampler.Sampling, networks.Sources]:
+  """How to sample, and from which networks: settings checked, nothing built."""
+  sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
+  choice = networks.Choice(**networks.pick(networks.Choice, config))
+  return sampling, networks.find_all(choice)
+
+
+def find_mesh(
+  config: ml_collections.ConfigDict, sources: networks.Sources, batch: int
+) -> jax.sharding.Mesh | None:
+  """The devices that share the work; raises ValueError where they cannot."""
+  return on_mesh.mesh_for(
+    devices=config.devices,
+    guidance_devices=config.guidance_devices,
+    sequence_devices=config.sequence_devices,
+    batch=batch,
+    heads=sources.dit.config.heads,
+    guidance=config.guidance,
+  )
 
 
 def memory_line(memory: Mapping[str, Mapping[str, int]]) -> str:
@@ -482,12 +530,13 @@ def main(argv: list[str]) -> None:
     meshes.initialize(flags.FLAGS.distributed)
     values["durations"] = parse_durations(values["durations"])
     options = expand_paths(Options(**{**values, "prompt": tuple(values["prompt"])}))
+    asked = overrides(flags.FLAGS["config"])
     if options.resume:
       saved = snapshots.find(options.resume, options.rewind_to)
-      made_with = store.load_metadata(saved)["config"]
-      asked = overrides(flags.FLAGS["config"])
+      made_with = planning.kept_settings(store.load_metadata(saved))
       config.update(resuming.resumed_settings(config, made_with, asked))
-    result = run(config, options)
+    keep_programs(config.programs_dir)
+    result = run(config, options, asked, report.process_age())
   except (ValueError, OSError, FloatingPointError) as error:
     sys.exit(f"error: {error}")
   print(json.dumps({k: result[k] for k in ("videos", "speed", "state")}, indent=2))

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,10 @@ from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
+from longlive_jax.programs import keep_programs
 from longlive_jax.quant.training import TrainingSettings, prepare_training
 from longlive_jax.stopping import StopRequest
-from longlive_jax.train import flow, latents, loop
+from longlive_jax.train import flow, latents, loop, recycle
 from longlive_jax.train import state as train_state
 
 # Flags belong to the process only when this file is the program: tests import several.
@@ -52,6 +54,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   frames_per_chunk = config.data.frames_per_chunk
   views = latents.ViewSettings(**config.view)
   flow_settings = flow.FlowSettings(frames_per_chunk=frames_per_chunk, **config.flow)
+  recycling = recycle.RecycleSettings(**config.recycle)
   optimizer_settings = train_state.OptimizerSettings(
     steps=config.steps, **config.optimizer
   )
@@ -117,7 +120,15 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     log.info("%s: %.2f million parameters", name, count / 1e6)
   frozen = {"dit": False, "text": True} if config.train_text == "frozen" else None
   optimizer = train_state.make_optimizer(optimizer_settings, frozen)
-  state = train_state.init_state(params, optimizer)
+  errors = None
+  if recycling.buckets:
+    begin = batches.get_state()
+    frame_shape = next(batches)["latents"].shape[2:]
+    batches.set_state(begin)
+    errors = recycle.init_buffers(
+      recycling, (frames_per_chunk, *frame_shape), jnp.dtype(config.dtype)
+    )
+  state = train_state.init_state(params, optimizer, errors)
 
   # ------------------------------------------------------------------ one step
   loss_fn = make_loss(config, dit_config, flow_settings)
@@ -127,7 +138,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   def step_fn(state, batch):
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     step_key = jax.random.fold_in(key, state.step)
-    (loss, metrics), gradients = gradient_fn(state.params, batch, step_key)
+    (loss, (metrics, errors)), gradients = gradient_fn(
+      state.params, batch, step_key, state.errors
+    )
     metrics["loss"] = loss
     metrics["gradient_norm"] = optax.global_norm(gradients)
     metrics["learning_rate"] = schedule(state.step)
@@ -138,7 +151,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       ema_decay=config.ema_decay,
       ema_start=config.ema_start,
     )
-    return state, metrics
+    return dataclasses.replace(state, errors=errors), metrics
 
   step_fn = jax.jit(step_fn, donate_argnums=0)
 
@@ -237,14 +250,14 @@ def make_loss(
   config: ml_collections.ConfigDict,
   dit_config: dit.WanConfig,
   settings: flow.FlowSettings,
-) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """loss(params, batch, key) -> (loss, metrics)."""
+) -> Callable[..., tuple[jax.Array, Any]]:
+  """loss(params, batch, key, errors) -> (loss, (metrics, errors)), see `ar_loss`."""
   features = dit.time_features(
     flow.timestep_table(settings.shift), dit_config.freq_dim
   )  # (1001, freq_dim), one row an index
   quantise = training_settings(config)
 
-  def loss_fn(params, batch, key):
+  def loss_fn(params, batch, key, errors):
     params = train_state.cast(params, config.dtype)
     transformer = params["dit"]
     if quantise:
@@ -272,7 +285,7 @@ def make_loss(
         clean_time=table[inputs.context_index],
       )
 
-    return flow.ar_loss(network, batch, key, settings)
+    return flow.ar_loss(network, batch, key, settings, errors)
 
   return loss_fn
 
@@ -340,6 +353,7 @@ def main(argv: list[str]) -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax reports every rename
   for name in ("train", "longlive_jax"):
     logging.getLogger(name).setLevel(logging.INFO)
+  keep_programs(_CONFIG.value.programs_dir)
   train(_CONFIG.value)
 
 

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from longlive_jax.checkpoint import store
 from longlive_jax.data.clips import ClipSource, clip_source, load_clips
 from longlive_jax.models.vae import VAE_SIZES, VAEConfig, VideoVAE
+from longlive_jax.programs import keep_programs
 from longlive_jax.stopping import StopRequest
 from longlive_jax.train import loop
 from longlive_jax.train import state as train_state
@@ -188,6 +189,7 @@ def read_videos(config: ml_collections.ConfigDict) -> np.ndarray:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
+  keep_programs(_CONFIG.value.programs_dir)
   train(_CONFIG.value)
 
 

@@ -4,6 +4,7 @@ import re
 import zlib
 
 import bench_kernels
+import clip_cases
 import compile_for
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from longlive_jax.kernels.shapes import SIZES
 
 def test_figures_of_a_tiny_run():
   tiny = SIZES["test"]
-  figures = list(bench_kernels.measure(tiny, ["jnp"], 1, ["modulate"]))
+  figures = list(
+    bench_kernels.measure(bench_kernels.cases(tiny, "jnp"), 1, ["modulate"])
+  )
   kernels = [figure["kernel"] for figure in figures]
   assert kernels == ["modulate_quantise", "modulate_quantise", "copy"]
   frames, tokens, dim = tiny.activations
@@ -44,6 +47,41 @@ def test_every_case_fits_the_real_shapes():
     "dequantise_matmul",
     "plain_matmul",
   }
+
+
+def test_attention_over_tiny_clips():
+  tiny = SIZES["test"]
+  cases = bench_kernels.all_cases(tiny, ["pieces"], ["16s"])
+  figures = list(bench_kernels.measure(cases, 1, ["teacher_forcing"]))
+  kernels = [figure["kernel"] for figure in figures]
+  assert kernels == ["teacher_forcing_forward", "teacher_forcing_backward"]
+  for figure, products in zip(figures, (2, 5), strict=True):
+    # 3 chunks of 74 tokens, clean and noisy; one of 3 heads a rank.
+    assert figure["shape"] == [1, 2 * 222, 1, 32]
+    operations = 2 * products * 74 * 2 * (74 + 148 + 222) * 32
+    assert figure["operations"] == operations
+    speed = operations / figure["ms"] / 1e9
+    assert figure["TFLOP/s"] == pytest.approx(speed)
+
+
+def test_tiles_of_the_attention_kernels():
+  """Every call of a sweep at real sizes, with its outputs as they would come back."""
+  found = []
+
+  def run(call):
+    found.append((call.kernel.__name__, call.constants["TILE_Q"], call.grid))
+    return [jnp.zeros(out.shape, out.dtype) for out in call.outputs]
+
+  sizes = SIZES["ti2v-5b"]
+  for labels, function, arguments in clip_cases.sweep(sizes, list(sizes.clips), run):
+    shapes = jax.eval_shape(arguments, jax.random.key(0))
+    outputs = jax.eval_shape(function, *shapes)
+    assert list(outputs[0].shape) == labels["shape"]
+  assert len(found) == 3 * sum(map(len, clip_cases.SWEEP.values()))
+  assert found[0] == ("_flash_forward", 128, (2 * 4 * 55, 24))
+  assert found[-1] == ("_flash_key_gradient", 64, (2 * 48 * 110, 6))
+  with pytest.raises(ValueError, match="clips='1h' is unknown; use 5s, 16s, 64s"):
+    clip_cases.clip_of(sizes, "1h")
 
 
 def escaped(data: bytes) -> str:

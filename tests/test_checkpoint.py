@@ -49,6 +49,16 @@ def test_round_trip_of_any_tree_is_exact(tmp_path):
   assert flat["params.q"].dtype == jnp.bfloat16
 
 
+def test_an_array_larger_than_what_is_read_at_a_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(store, "_READ_BYTES", 64)
+  tree = {name: np.full(100, i, np.float32) for i, name in enumerate("abc")}
+  store.save(tmp_path / "s", tree)
+  half = jax.eval_shape(lambda: {name: jnp.zeros(100, jnp.bfloat16) for name in tree})
+  for like in (tree, half):
+    loaded = store.load(tmp_path / "s", like)
+    assert all((loaded[name] == tree[name]).all() for name in tree)
+
+
 def test_arrays_land_where_the_abstract_tree_says(tmp_path):
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.NamedSharding(mesh, jax.P("data"))

@@ -11,6 +11,8 @@ from longlive_jax.generate import sampler
 from longlive_jax.layers import kv_cache, rope
 from longlive_jax.models import dit
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 CONFIG = dit.SIZES["test"]
 Y, X = 4, 6
 B, N, CHUNKS = 2, 2, 3  # videos, frames of a chunk, chunks of a clip
@@ -333,6 +335,21 @@ def test_clean_latents_at_another_timestep_are_another_context(model):
 
   difference = np.abs(run(0.0) - run(400.0))
   assert difference[:, :N].max() < 1e-6 and difference[:, N:].max() > 1e-3
+
+
+def test_padding_reaches_no_frame(model):
+  """The last frame shares its chunk with one that is valid."""
+  changed = latents()
+  changed[:, -1] += 1
+
+  def run(x, valid):
+    return train_forward(
+      model, x, features(np.full((B, F), 500.0)), prompts(1), frames_per_chunk=N,
+      clean=x, valid_frames=jnp.full((B,), valid),
+    )[:, :-1]  # fmt: skip
+
+  np.testing.assert_array_equal(run(changed, F - 1), run(latents(), F - 1))
+  assert np.abs(run(changed, F) - run(latents(), F)).max() > 1e-3
 
 
 def test_remat_changes_nothing(model):

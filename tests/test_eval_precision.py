@@ -12,11 +12,13 @@ from longlive_jax.data import detectors, toy_world
 from longlive_jax.layers import kv_slots, linear
 from longlive_jax.quant import nvfp4
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 
 def test_routed_tokens_get_the_plain_product_and_only_they():
   rng = np.random.default_rng(0)
   plain = jnp.asarray(rng.normal(size=(6, 32)), jnp.float32)
-  packed = nvfp4.quantise(plain)
+  packed = jax.jit(nvfp4.quantise)(plain)
   tokens = jnp.array([[1, 4], [0, 7]])
   x = jnp.asarray(rng.normal(size=(2, 2, 4, 32)), jnp.float32)  # b f p in
   found = linear.matmul(x, study.RoutedWeight(plain, packed, tokens))
@@ -46,6 +48,7 @@ def test_aged_slots_read_the_newest_chunks_plainly():
     jnp.zeros(shape), packed, jnp.zeros(shape[:3], jnp.int32), newest=1
   )
   slots = jax.tree.map(lambda leaf: leaf[0], slots)
+  encode, read = jax.jit(kv_slots.encode), jax.jit(kv_slots.read, static_argnums=1)
   rng = np.random.default_rng(0)
   chunks = [jnp.asarray(rng.normal(size=(2, 2, 3, 1, 16)), jnp.float32) for _ in "abc"]
   for i, chunk in enumerate(chunks):
@@ -53,11 +56,11 @@ def test_aged_slots_read_the_newest_chunks_plainly():
     slots = jax.tree.map(
       lambda leaf, new, where=where: leaf.at[:, where].set(new),
       slots,
-      kv_slots.encode(slots, chunk),
+      encode(slots, chunk),
     )
-  found = kv_slots.read(slots, jnp.float32)
+  found = read(slots, jnp.float32)
   np.testing.assert_array_equal(found[:, 4:], chunks[2])
-  coarse = kv_slots.read(slots.packed, jnp.float32)
+  coarse = read(slots.packed, jnp.float32)
   np.testing.assert_array_equal(found[:, :4], coarse[:, :4])
   assert np.abs(coarse[:, 4:] - chunks[2]).max() > 1e-3
 

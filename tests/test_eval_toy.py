@@ -4,11 +4,9 @@ import dataclasses
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from random_weights import fill
 
 from configs import generate as generate_config
 from longlive_jax.checkpoint import store
@@ -16,6 +14,8 @@ from longlive_jax.data import toy_world
 from longlive_jax.models import dit, umt5, vae
 from longlive_jax.models.text import Tokenizer, train_toy_tokenizer
 from tools import eval_toy
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 
 def chunk_frames(scenes, first, wanted):
@@ -81,16 +81,10 @@ def test_networks_generate_what_can_be_scored(tmp_path):
   text_config = umt5.UMT5_SIZES["test"]
   dit_config = dataclasses.replace(dit.SIZES["test"], text_dim=text_config.dim)
   vae_config = dataclasses.replace(vae.VAE_SIZES["test"], z_dim=dit_config.in_channels)
-  # Filled with numpy: drawing each of its many weights by JAX takes a minute.
-  rng = np.random.default_rng(0)
-  video_vae = jax.tree.map(
-    lambda leaf: jnp.asarray(rng.normal(0, 0.05, leaf.shape), leaf.dtype),
-    store.abstract_network("vae", vae_config),
-  )
   nets = eval_toy.Networks(
-    model=dit.CausalDiT(dit_config, rngs=nnx.Rngs(0)),
-    vae=video_vae,
-    text=umt5.UMT5Encoder(text_config, rngs=nnx.Rngs(2)),
+    model=fill(store.abstract_network("dit", dit_config)),
+    vae=fill(store.abstract_network("vae", vae_config), gain=0.3),
+    text=fill(store.abstract_network("umt5", text_config)),
     tokenizer=Tokenizer(tmp_path / "tokenizer.json", text_config.text_len),
   )
   config = generate_config.get_config("toy")

@@ -24,6 +24,8 @@ from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.models.text import train_toy_tokenizer
 from longlive_jax.quant.weights import BLOCK_LINEARS
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -94,6 +96,9 @@ def test_prompts_to_video(generate, config, tmp_path):
   assert after["decode"] - before["decode"] == 1
   assert result["speed"]["frames"] == frames_in(out / "video.mp4") == 4 * 8 - 3
   assert result["speed"]["time_to_first_frame_s"] < result["speed"]["total_s"]
+  assert list(result["speed"]["startup_s"]) == [
+    "imports", "checks", "prompts", "load", "compile", "first_chunk"
+  ]  # fmt: skip
   with Image.open(out / "shots.png") as sheet:
     assert sheet.size == (2 * 64, 2 * 32)  # two shots, two chunks each
   saved = json.loads((out / "run.json").read_text())
@@ -463,6 +468,7 @@ def test_command_line_says_what_is_wrong(tmp_path):
   command = [sys.executable, ROOT / "launch/generate.py", "--prompt", "", "--output"]
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   command += [str(tmp_path), "--config", f"{ROOT}/configs/generate.py:toy,random"]
+  command += ["--config.programs_dir="]  # not in the home folder
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 1
   assert done.stderr.strip().endswith(

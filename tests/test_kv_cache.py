@@ -1,5 +1,7 @@
 """The slot cache against a plain simulation of the reference's shifting buffer.
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 `Buffer` is SPEC 2.3 with one token a frame: it moves data and keeps four integers.
 The cache under test never moves anything. Both must attend the same frames, in the
 same order, on every call.

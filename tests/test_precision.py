@@ -18,6 +18,8 @@ from longlive_jax.generate.precision import Precision
 from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, weights
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 CONFIG = dataclasses.replace(dit.SIZES["test"], layers=3)  # one is in the middle
 
 
@@ -98,23 +100,46 @@ def test_loading_is_applying(model, saved, settings):
   plain = store.load_dit(saved, "bfloat16")
   assert same(found, precision.apply(plain, wanted, 2))
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+  check_abstract(networks.abstract(source, "bfloat16"), found)
   # Random weights have these shapes, too.
   source = networks.find("dit", "three", "random", precision=wanted, steps=2)
-  drawn = networks.load(source, "bfloat16")
-  assert jax.tree.structure(drawn) == jax.tree.structure(found)
-  for one, other in zip(*map(jax.tree.leaves, (drawn, found)), strict=True):
+  check_abstract(networks.abstract(source, "bfloat16"), found)
+  check_abstract(found, networks.load(source, "bfloat16"))
+
+
+def places(network) -> list[int]:
+  """For every array where it stands first."""
+  ids = [id(leaf) for leaf in jax.tree.leaves(network)]
+  return list(map(ids.index, ids))
+
+
+def check_abstract(abstract, network) -> None:
+  """The very tree, so that what is compiled for one is for the other, too."""
+  assert jax.tree.structure(abstract) == jax.tree.structure(network)
+  for one, other in zip(*map(jax.tree.leaves, (abstract, network)), strict=True):
     assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert other.committed and other.devices() == {jax.devices()[0]}
+  assert places(abstract) == places(network)
 
 
-def test_the_plain_network_stays_off_the_device(saved, monkeypatch):
-  """Without plain steps nothing plain is loaded to it but what stays plain."""
+def test_plain_edges_are_read_one_array_at_a_time(saved, monkeypatch):
+  """Without plain steps the plain network is neither on the device nor on the host."""
+  requests, read = [], store.ocp.load
 
-  def load(*_):
-    raise AssertionError("the plain network was loaded")
+  def load(path, request):
+    requests.append(request)
+    return read(path, request)
 
-  monkeypatch.setattr(store, "load_network", load)
+  monkeypatch.setattr(store.ocp, "load", load)
   wanted = Precision("w4a16", plain_edges=1)
-  networks.load(networks.find("dit", "three", saved, precision=wanted), "float32")
+  source = networks.find("dit", "three", saved, precision=wanted)
+  first, _, last = dit.block_runs(networks.load(source, "float32"))
+  assert {len(request) for request in requests} == {1}
+  assert all(isinstance(array, np.ndarray) for r in requests for array in r.values())
+  monkeypatch.undo()
+  plain = store.load_dit(saved, "float32").blocks.ffn.fc1.weight[...]
+  np.testing.assert_array_equal(first.ffn.fc1.weight[...], plain[:1])
+  np.testing.assert_array_equal(last.ffn.fc1.weight[...], plain[-1:])
 
 
 def test_from_start_to_end(saved, tmp_path, capsys):

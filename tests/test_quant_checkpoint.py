@@ -17,6 +17,8 @@ from longlive_jax.generate.precision import Precision
 from longlive_jax.models import dit
 from longlive_jax.quant import weights
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -221,7 +223,11 @@ def test_loading_for_a_run(model, plain, packed):
 
   def load(path, mode=""):
     source = networks.find("dit", "test", path, precision=Precision(mode))
-    return networks.load(source, "bfloat16")
+    found = networks.load(source, "bfloat16")
+    abstract = networks.abstract(source, "bfloat16")
+    assert jax.tree.structure(abstract) == jax.tree.structure(found)
+    assert all(leaf.committed for leaf in jax.tree.leaves(found))
+    return found
 
   assert same(load(packed), quantise(model))
   assert same(load(plain, "w4a16"), quantise(model))

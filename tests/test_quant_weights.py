@@ -39,6 +39,35 @@ def float64(array: NVFP4Array) -> np.ndarray:
 
 
 # ------------------------------------------------------------------ products
+@pytest.mark.parametrize(
+  ("shape", "gpu", "way"),
+  [
+    ((2, 32, 16), True, "packed"),  # 64 rows
+    ((65, 16), True, "dequantised"),
+    ((64, 16), False, "dequantised"),
+  ],
+)
+def test_few_rows_on_a_gpu_read_packed_weights(monkeypatch, shape, gpu, way):
+  taken = []
+
+  def packed(x, weight):
+    taken.append("packed")
+    return jnp.zeros((*x.shape[:-1], weight.shape[0]), x.dtype)
+
+  def dequantised(weight, dtype):
+    taken.append("dequantised")
+    return jnp.zeros(weight.shape, dtype)
+
+  weight = jax.eval_shape(quantise, jax.ShapeDtypeStruct((48, 16), jnp.float32))
+  monkeypatch.setattr(linear.launch, "on_triton", lambda implementation: gpu)
+  monkeypatch.setattr(linear.weights, "packed_product", packed)
+  monkeypatch.setattr(linear, "dequantise", dequantised)
+  x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  found = jax.eval_shape(linear.matmul, x, weight)
+  assert (found.shape, found.dtype) == ((*shape[:-1], 48), jnp.bfloat16)
+  assert taken == [way]
+
+
 @pytest.mark.parametrize("magnitude", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("rule", ["static_6", "mse"])
 def test_the_product_is_that_of_the_dequantised_numbers(rule, magnitude):
@@ -316,3 +345,13 @@ def test_native_arithmetic_needs_a_device_that_has_it(
   else:
     with pytest.raises(ValueError, match=f"data-centre GPU .*, not {kind}; use 'w4a4'"):
       weights.check_mode("w4a4_native")
+
+
+def test_the_device_of_a_described_mesh_is_named():
+  device = jax.sharding.AbstractDevice("NVIDIA H100 PCIe", 114, "gpu")
+  axes = (jax.sharding.AxisType.Auto,)
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), axes, abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh), pytest.raises(
+    ValueError, match="not NVIDIA H100 PCIe; use 'w4a4'"
+  ):
+    weights.check_mode("w4a4_native")

@@ -5,7 +5,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_weights import normal, random_dit
@@ -13,6 +12,8 @@ from random_weights import normal, random_dit
 from longlive_jax.generate import sampler, step_models
 from longlive_jax.generate.sampler import ChunkInputs, Sampling
 from longlive_jax.models import dit
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 CONFIG = dit.SIZES["test"]
 Y, X, N = 2, 4, 2
@@ -183,7 +184,7 @@ def test_the_shot_opens_a_temporal_gap(model):
 
 # ------------------------------------------------------------------ precision by step
 def test_every_pass_of_a_chunk_may_have_its_own_weights(model):
-  other = jax.tree.map(lambda a: 1.01 * a, model)
+  other = jax.tree.map(lambda a: np.float32(1.01) * a, jax.device_get(model))
   sampling = dataclasses.replace(BASE, steps=3)
   inputs = chunk(sampling, 0, [0, 1])
 
@@ -325,10 +326,11 @@ def test_bidirectional_sampling_is_one_euler_step(model, guidance):
 # ------------------------------------------------------------------ noise
 def test_noise_depends_on_key_sample_and_frame_alone():
   key = jax.random.key(3)
+  draw = jax.jit(sampler.frame_noise, static_argnums=3)
 
   def noise(samples, frames, key=key):
-    frames = jnp.tile(jnp.array(frames), (len(samples), 1))
-    return np.asarray(sampler.frame_noise(key, jnp.array(samples), frames, SHAPE))
+    frames = np.tile(np.array(frames), (len(samples), 1))
+    return np.asarray(draw(key, np.array(samples), frames, SHAPE))
 
   whole = noise([0, 1, 2], range(6))
   assert whole.shape == (3, 6, *SHAPE) and whole.dtype == np.float32

@@ -20,6 +20,7 @@ import numpy as np
 DTYPES = {
   "bfloat16": "bf16",
   "float32": "fp32",
+  "int32": "i32",
   "uint8": "u8",
   "float8_e4m3fn": "fp8e4nv",
 }
@@ -29,7 +30,8 @@ class Interpreter:
   """A process with the interpreter; a context manager.
 
   Calling it with a module of `longlive_jax.kernels` and the arguments of its `triton`
-  function returns what that returns, as NumPy arrays.
+  function returns what that returns, as NumPy arrays. "module:name" is another function
+  that takes a launcher as `run`.
   """
 
   def __init__(self):
@@ -126,8 +128,10 @@ def serve() -> None:
     except EOFError:
       return
     try:
+      module, _, name = module.partition(":")
       module = importlib.import_module(f"longlive_jax.kernels.{module}")
-      result = jax.tree.map(np.asarray, module.triton(*args, **kwargs, run=interpret))
+      function = getattr(module, name or "triton")
+      result = jax.tree.map(np.asarray, function(*args, **kwargs, run=interpret))
     except Exception as error:
       result = RuntimeError(repr(error))
     pickle.dump(result, answers)

@@ -1,15 +1,23 @@
-"""Measures generation with random weights: speed of each part and peak memory.
+"""Measures generation with random weights: speed, stages, memory, beside a prediction.
 
   python tools/bench_generate.py --size=ti2v-5b --vae=wan2.2 --height=704 --width=1280
 
-prints one JSON line a figure and writes all to --out. "FPS" counts video frames. Chunks
-before the window is full are left out, except where a name says otherwise. End to end =
-from noise to uint8 frames on the host. `dit_chunk_ms_early` and `_late` compare the
-first chunks with a full window and the last ones: a longer video must not be slower.
+prints tables for people and writes all of it as JSON to --out. "FPS" counts video
+frames. Chunks before the window is full are left out, except where a name says
+otherwise. End to end = from noise to uint8 frames on the host. `dit_chunk_ms_early`
+and `_late` compare the first chunks with a full window and the last ones: a longer
+video must not be slower. Jitter is what the slowest chunk in a hundred takes beyond
+the median. Cold is with nothing compiled, the networks being there.
+
+Each stage is also run by itself and held against its floor (bench_stages.py); "other"
+is what a whole chunk takes beyond their sum. The rates of this run are in the JSON as
+`hardware`: launch/generate.py plans with them by --config.plan=FILE. Predicted is what
+parallel/plan.py says by the rates of its own table, without those of this run.
 
 Peaks of memory are those of the process. Compiling a decoder of full size needs more
 than running it, since convolutions are tried with up to 4 GB of scratch: for the peak
-of running, give the same --programs folder to two runs and take the second.
+of running, give the same --programs folder to two runs and take the second, with
+--memory_only.
 
   python tools/bench_generate.py --size=ti2v-5b --height=704 --width=1280 \
     --precision=w4a4_native --kv_format=nvfp4 --compile_for=b200
@@ -18,24 +26,26 @@ compiles a whole chunk for a GPU that is not there (any CUDA GPU must be) and co
 4-bit products.
 """
 
-import functools
+import dataclasses
 import json
 import time
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-import compile_for
+import bench_memory
+import bench_networks
+import bench_stages
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax import nnx
 
-from longlive_jax.checkpoint import store
-from longlive_jax.generate import networks, sampler
+from longlive_jax.generate import report
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_slots
-from longlive_jax.models import dit, vae
+from longlive_jax.models import dit
+from longlive_jax.parallel import costs, hardware, plan
 from longlive_jax.quant import weights
 
 # Flags belong to the process only when this file is the program: tests import several.
@@ -70,80 +80,10 @@ _PROGRAMS = flags.DEFINE_string(
 _COMPILE_FOR = flags.DEFINE_string(
   "compile_for", "", "Compile for this GPU instead.", flag_values=_FLAGS
 )
+_PROFILE = flags.DEFINE_string(
+  "profile", "", "Folder for a trace of one more run.", flag_values=_FLAGS
+)
 _OUT = flags.DEFINE_string("out", "", "JSON file.", flag_values=_FLAGS)
-
-
-def abstract_model(config: dit.WanConfig, dtype, precision: str) -> dit.CausalDiT:
-  """Shapes of the transformer."""
-  model = store.abstract_network("dit", config, dtype)
-  if not precision:
-    return model
-  quantise = functools.partial(weights.quantise_weights, mode=precision)
-  return jax.eval_shape(quantise, model)
-
-
-def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
-  """Both networks with random weights, made on the device.
-
-  With a precision the transformer's weights are random codes from the start.
-  The VAE has no encoder: generating from text does not load it.
-  """
-  config = dit.size(size)
-  video_vae = vae.VAE_SIZES[vae_size]
-  if video_vae.z_dim != config.in_channels:
-    raise ValueError(
-      f"vae={vae_size!r} has z_dim={video_vae.z_dim}; {size} has {config.in_channels}"
-    )
-
-  def build():
-    model = dit.CausalDiT(config, dtype=dtype, rngs=nnx.Rngs(0))
-    # A fresh head is zero, and matrix units run faster on zeros than on data.
-    head = model.head.linear.weight
-    head.set_value(0.02 * jax.random.normal(jax.random.key(1), head.shape, dtype))
-    return model
-
-  def build_vae():
-    network = vae.VideoVAE(video_vae, dtype=dtype, rngs=nnx.Rngs(2))
-    network.encoder = network.conv1 = None
-    return network
-
-  if precision:
-    model = networks.random_like(abstract_model(config, dtype, precision))
-  else:
-    model = jax.jit(build)()
-  return model, jax.jit(build_vae)()
-
-
-def chunk_elsewhere(
-  gpu: str, config: dit.WanConfig, dtype, precision: str, sampling: Sampling, y, x
-) -> dict[str, object]:
-  """Compiles a chunk for another GPU; what it calls, and the bytes it needs."""
-  mesh = compile_for.described(gpu)
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    model = abstract_model(config, dtype, precision)
-  cache = jax.eval_shape(lambda: sampler.init_cache(model, sampling, 1, y, x))
-  frames = np.arange(sampling.frames_per_chunk, dtype=np.int32)[None]
-  shot = np.zeros(1, np.int32)
-  latents = np.zeros((*frames.shape, y, x, config.in_channels), np.float32)
-  chunk = sampler.ChunkInputs(
-    noise=latents,
-    text=np.zeros((1, config.text_len, config.text_dim), np.float32),
-    negative=None,
-    frames=frames,
-    temporal=sampler.chunk_temporal(config, sampling, frames, shot),
-    cut=shot > 0,
-    known=np.zeros(frames.shape, bool),
-    given=latents,
-  )
-  step = functools.partial(sampler.denoise_chunk, sampling=sampling)
-  compiled = compile_for.compile_for(mesh, step, model, cache, chunk)
-  memory = compiled.memory_analysis()
-  return {
-    "compile_for": gpu,
-    "custom_calls": compile_for.custom_calls(compiled.as_text()),
-    "argument_bytes": memory.argument_size_in_bytes,
-    "temporary_bytes": memory.temp_size_in_bytes,
-  }
 
 
 def story(config: dit.WanConfig, chunks: int) -> streaming.Story:
@@ -153,11 +93,6 @@ def story(config: dit.WanConfig, chunks: int) -> streaming.Story:
   text = rng.standard_normal((3, config.text_len, config.text_dim), np.float32)
   cut = np.diff(shot, axis=0, prepend=0) > 0
   return streaming.Story(text, None, shot, cut, shot)
-
-
-def peak_bytes() -> int | None:
-  stats = jax.devices()[0].memory_stats()
-  return stats["peak_bytes_in_use"] if stats else None
 
 
 def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
@@ -181,6 +116,108 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
   return stamps
 
 
+def percentiles(stamps: list[float], window: int) -> dict[str, float]:
+  """Milliseconds of a chunk once the window is full.
+
+  Each chunk is waited for, but the next one is dispatched before: differences of stamps
+  are the device's time for a chunk.
+  """
+  steady = 1e3 * np.diff(stamps)[window:]
+  median, p90, p99 = (float(np.percentile(steady, q)) for q in (50, 90, 99))
+  return {
+    "chunk_ms_median": median,
+    "chunk_ms_p90": p90,
+    "chunk_ms_p99": p99,
+    "chunk_ms_early": float(np.median(steady[:8])),
+    "chunk_ms_late": float(np.median(steady[-8:])),
+    "jitter_ms": p99 - median,
+  }
+
+
+def speed(model, video_vae, sampling, plot, y, x) -> dict[str, Any]:
+  """Cold and warm runs, without the decoder first: its memory would hide theirs."""
+  window = sampling.window_frames // sampling.frames_per_chunk
+  frames = 4 * sampling.frames_per_chunk
+  figures: dict[str, Any] = {}
+  before = streaming.compiled_programs()
+  for prefix, network in (("dit", None), ("end_to_end", video_vae)):
+    if prefix == "end_to_end":
+      if network is None:
+        break
+      jax.clear_caches()  # else only the decoder would be cold
+      before = streaming.compiled_programs()
+    stamps = run(model, network, sampling, plot, y, x)
+    figures[f"{prefix}_first_chunk_cold_s"] = stamps[1] - stamps[0]
+    warm = streaming.compiled_programs()
+    stamps = run(model, network, sampling, plot, y, x)
+    total = stamps[-1] - stamps[0]
+    steady = percentiles(stamps, window)
+    figures |= {f"{prefix}_{name}": value for name, value in steady.items()}
+    figures[f"{prefix}_first_chunk_warm_s"] = stamps[1] - stamps[0]
+    figures[f"{prefix}_fps"] = 1e3 * frames / steady["chunk_ms_median"]
+    dropped = 0 if network is None else 3  # placeholders of the first latent frame
+    figures[f"{prefix}_fps_all_chunks"] = (frames * plot.chunks - dropped) / total
+    figures[f"{prefix}_peak_bytes"] = figures["peak_bytes"] = report.peak_bytes()
+  after = streaming.compiled_programs()
+  figures["programs"] = {name: warm[name] - before[name] for name in warm}
+  figures["programs_after_warm_up"] = sum(after.values()) - sum(warm.values())
+  return figures
+
+
+def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
+  """Each stage beside its floor, this run's rates, and what the planner predicts."""
+  config, size = model.config, model.dtype.itemsize
+  workload = plan.Workload(
+    dit=config,
+    vae=video_vae and video_vae.config,
+    y=y,
+    x=x,
+    frames_per_chunk=sampling.frames_per_chunk,
+    window_frames=sampling.window_frames,
+    steps=sampling.steps,
+    itemsize=size,
+  )
+  settings = plan.Plan(
+    decode_frames=_DECODE_FRAMES.value,
+    precision=_PRECISION.value,
+    kv_format=_KV_FORMAT.value,
+  )
+  table_rates = hardware.this_machine()
+  predicted = plan.predict(workload, table_rates, settings)
+  work = plan.work_of(workload, settings)
+  known = costs.transformer_stages(config, work)
+  inputs = jax.jit(bench_stages.stage_inputs, static_argnums=(1, 2, 3))
+  cases = [*bench_stages.transformer_cases(model, inputs(model, sampling, y, x))]
+  decode_ms = None
+  if video_vae is not None:
+    known["vae"] = costs.decode_stage(
+      video_vae.config, y, x, videos=1, frames=work.frames,
+      frames_per_call=_DECODE_FRAMES.value, itemsize=size,
+    )  # fmt: skip
+    cases.append(bench_stages.decode_case(video_vae, _DECODE_FRAMES.value, y, x))
+    decode_ms = figures["end_to_end_chunk_ms_median"] - figures["dit_chunk_ms_median"]
+  rates = bench_stages.measured(table_rates, config, work.chunk_tokens, model.dtype)
+  table = bench_stages.stage_table(cases, known, rates)
+  denoise_ms = figures["dit_chunk_ms_median"]
+  found = sum(row["chunk_ms"] for name, row in table.items() if name != "vae")
+  return {
+    "stages": table,
+    "other_ms": denoise_ms - found,
+    "hardware": dataclasses.asdict(
+      bench_stages.shares(rates, known, table, denoise_ms, decode_ms)
+    ),
+    "predicted": {
+      "plan": dataclasses.asdict(settings),
+      "rates": table_rates.source,
+      "dit_chunk_ms_median": 1e3 * predicted.denoise_seconds,
+      "dit_fps": predicted.denoise_fps,
+      "end_to_end_fps": predicted.fps,
+      "peak_bytes": predicted.peak,
+      "bytes": predicted.memory,
+    },
+  }
+
+
 def main(argv: list[str]) -> None:
   del argv
   y, x = _HEIGHT.value // 16, _WIDTH.value // 16
@@ -189,88 +226,90 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", _PROGRAMS.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   sampling = Sampling(steps=_STEPS.value, kv_format=_KV_FORMAT.value)
-  if _COMPILE_FOR.value:
-    config, precision = dit.size(_SIZE.value), _PRECISION.value
-    labels = {"size": _SIZE.value, "precision": precision, "steps": _STEPS.value}
-    labels["kv_format"] = _KV_FORMAT.value
-    report(
-      labels
-      | chunk_elsewhere(_COMPILE_FOR.value, config, dtype, precision, sampling, y, x)
-    )
-    return
-  model, video_vae = random_networks(
-    _SIZE.value, _VAE.value, dtype, _PRECISION.value
-  )
-  plot = story(model.config, _CHUNKS.value)
-  frames = 4 * sampling.frames_per_chunk
-  figures: dict[str, object] = {
+  figures: dict[str, Any] = {
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
+    "versions": report.environment()["versions"],
     "size": _SIZE.value,
     "vae": _VAE.value,
     "pixels": f"{_HEIGHT.value}x{_WIDTH.value}",
     "chunks": _CHUNKS.value,
-    "steps": _STEPS.value,
+    "decode_frames": _DECODE_FRAMES.value,
     "dtype": _DTYPE.value,
     "precision": _PRECISION.value,
-    "kv_format": _KV_FORMAT.value,
-    "bytes_dit": weights.weight_bytes(model),
-    "parameters_vae": sum(p.size for p in jax.tree.leaves(video_vae)),
+    "sampling": dataclasses.asdict(sampling),
   }
-
-  if _MEMORY_ONLY.value:
-    figures |= memory(model, video_vae, sampling, plot, y, x)
-    report(figures)
+  if _COMPILE_FOR.value:
+    figures |= bench_networks.chunk_elsewhere(
+      _COMPILE_FOR.value, dit.size(_SIZE.value), dtype, _PRECISION.value, sampling, y, x
+    )
+    finish(figures)
     return
-
-  compiled = streaming.compiled_programs()
-  stamps = run(model, None, sampling, plot, y, x)
-  figures["dit_first_chunk_cold_s"] = stamps[1] - stamps[0]
-  stamps = run(model, None, sampling, plot, y, x)
-  # Each chunk is waited for, but the next one is dispatched before: differences of
-  # stamps are the device's time for a chunk.
   window = sampling.window_frames // sampling.frames_per_chunk
-  steady = np.diff(stamps)[window:]
-  figures["dit_chunk_ms_median"] = 1e3 * float(np.median(steady))
-  figures["dit_chunk_ms_early"] = 1e3 * float(np.median(steady[:8]))
-  figures["dit_chunk_ms_late"] = 1e3 * float(np.median(steady[-8:]))
-  figures["dit_fps"] = frames / float(np.median(steady))
-  figures["dit_fps_all_chunks_warm"] = frames * _CHUNKS.value / (stamps[-1] - stamps[0])
-  figures["dit_peak_bytes"] = peak_bytes()
-
-  if not _LATENTS_ONLY.value:
-    run(model, video_vae, sampling, plot, y, x)  # compiles the decoder
-    stamps = run(model, video_vae, sampling, plot, y, x)
-    total = stamps[-1] - stamps[0]
-    steady = float(np.median(np.diff(stamps)[window:]))
-    figures["end_to_end_first_chunk_warm_s"] = stamps[1] - stamps[0]
-    figures["end_to_end_fps_all_chunks"] = (frames * _CHUNKS.value - 3) / total
-    figures["end_to_end_fps_steady"] = frames / steady
-    figures["peak_bytes"] = peak_bytes()
-  programs = streaming.compiled_programs()
-  figures["programs"] = {name: programs[name] - compiled[name] for name in programs}
-  report(figures)
+  if not _MEMORY_ONLY.value and _CHUNKS.value <= window:
+    raise ValueError(
+      f"chunks={_CHUNKS.value} must be more than the {window} that fill the window"
+    )
+  began = time.perf_counter()
+  model, video_vae = bench_networks.random_networks(
+    _SIZE.value, _VAE.value, dtype, _PRECISION.value
+  )
+  jax.block_until_ready((model, video_vae))
+  figures["networks_s"] = time.perf_counter() - began
+  if _LATENTS_ONLY.value:
+    video_vae = None
+  plot = story(model.config, _CHUNKS.value)
+  everything = (model, video_vae, sampling)
+  figures["bytes"] = bench_memory.parts(*everything, y, x)
+  if _MEMORY_ONLY.value:
+    figures |= memory(*everything, plot, y, x)
+  else:
+    figures |= speed(*everything, plot, y, x)
+    if _PROFILE.value:
+      with jax.profiler.trace(_PROFILE.value):
+        run(*everything, plot, y, x)
+    figures["compiled"] = bench_memory.programs(
+      *everything, _DECODE_FRAMES.value, y, x
+    )
+    figures |= stages(figures, *everything, y, x)
+  finish(figures)
 
 
 def memory(model, video_vae, sampling, plot, y, x) -> dict[str, int | None]:
-  """Peak bytes after 16 chunks and at the end of one decoded run."""
+  """Peak bytes after 16 chunks and at the end of one run."""
   peaks: dict[str, int | None] = {}
 
   def look(chunk, state):
     if chunk == 16:
       jax.block_until_ready(state.cache.k)
-      peaks["peak_bytes_after_16_chunks"] = peak_bytes()
+      peaks["peak_bytes_after_16_chunks"] = report.peak_bytes()
 
   run(model, video_vae, sampling, plot, y, x, on_state=look)
-  peaks[f"peak_bytes_after_{plot.chunks}_chunks"] = peak_bytes()
+  peaks[f"peak_bytes_after_{plot.chunks}_chunks"] = report.peak_bytes()
   return peaks
 
 
-def report(figures: dict[str, object]) -> None:
+def finish(figures: Mapping[str, Any]) -> None:
+  """Tables for people, and the JSON."""
   for name, value in figures.items():
-    print(json.dumps({name: value}), flush=True)
+    if name not in ("stages", "hardware", "predicted"):
+      print(f"{name:34} {json.dumps(value)}")
+  if "stages" in figures:
+    titles = f"{'ms':>11}{'floor':>11}{'share':>7}{'chunk ms':>11}"
+    print(f"\n{'stage':18}{'calls':>7}{titles}")
+    for name, row in figures["stages"].items():
+      print(
+        f"{name:18}{row['calls']:7}{row['ms']:11.4f}{row['floor_ms']:11.4f}"
+        f"{row['floor_ms'] / row['ms']:7.2f}{row['chunk_ms']:11.2f}"
+      )
+    print(f"{'other':47}{figures['other_ms']:18.2f}")
+    print(f"\n{'':24}{'predicted':>16}{'measured':>16}")
+    for name in ("dit_chunk_ms_median", "dit_fps", "end_to_end_fps", "peak_bytes"):
+      if figures.get(name) is not None:
+        told = figures["predicted"][name]
+        print(f"{name:24}{told:16,.1f}{figures[name]:16,.1f}")
   if _OUT.value:
-    Path(_OUT.value).write_text(json.dumps(figures, indent=2) + "\n")
+    report.write_json(_OUT.value, figures)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,13 @@ these as a share of what a copy of as many bytes reaches in the same run. Produc
 packed weights stand beside dequantising the weight before a bfloat16 product (cuBLAS),
 and beside this with plain weights.
 
+  python tools/bench_kernels.py --kernels=teacher_forcing --clips=5s,16s,64s
+  python tools/bench_kernels.py --sweep
+
+measure attention over training clips forward and backward, as Triton kernels and as
+pieces for cuDNN, and each of its Triton kernels with several tiles. TFLOP/s count the
+pairs that the mask allows.
+
 A time is that of one of several calls, with inputs of their own, in one program: else
 the GPU's cache would be measured. On a GPU it is how long the device was busy according
 to JAX's profiler ("clock": "device"), which a busy host does not change; where the
@@ -24,10 +31,11 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import clip_cases
 import compile_for
 import jax
 import jax.numpy as jnp
@@ -35,6 +43,7 @@ import numpy as np
 from absl import app, flags
 
 from longlive_jax.generate import report
+from longlive_jax.kernels import launch
 from longlive_jax.kernels.modulate_quantise import modulate_quantise
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.kernels.nvfp4_matmul import matmul_w4a4, matmul_w4a16
@@ -49,13 +58,22 @@ Case = tuple[dict[str, Any], Callable[..., Any], Callable[[Array], tuple]]
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _SIZE = flags.DEFINE_enum("size", "ti2v-5b", list(SIZES), "Shapes.", flag_values=_FLAGS)
 _IMPLEMENTATIONS = flags.DEFINE_list(
-  "implementations", ["triton", "jnp"], "What to measure.", flag_values=_FLAGS
+  "implementations",
+  ["triton", "jnp", "pieces"],
+  "What to measure; pieces is attention over training clips only.",
+  flag_values=_FLAGS,
 )
 _REPEATS = flags.DEFINE_integer(
   "repeats", 20, "Timed runs; the median counts.", 1, flag_values=_FLAGS
 )
 _KERNELS = flags.DEFINE_list(
   "kernels", [], "Only cases whose kernel starts so.", flag_values=_FLAGS
+)
+_CLIPS = flags.DEFINE_list(
+  "clips", ["5s"], "Training clips of kernels/shapes.py.", flag_values=_FLAGS
+)
+_SWEEP = flags.DEFINE_bool(
+  "sweep", False, "Tiles of the attention kernels instead.", flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string("out", "", "JSON file.", flag_values=_FLAGS)
 _COMPILE_FOR = flags.DEFINE_string(
@@ -159,6 +177,17 @@ def cases(sizes: Sizes, implementation: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def all_cases(
+  sizes: Sizes, implementations: list[str], clips: list[str]
+) -> Iterator[Case]:
+  """Those of every implementation; 'pieces' is attention over training clips only."""
+  for implementation in implementations:
+    if implementation != "pieces":
+      yield from cases(sizes, implementation)
+    if implementation != "jnp":
+      yield from clip_cases.cases(sizes, clips, implementation)
+
+
 # ------------------------------------------------------------------ time
 @dataclasses.dataclass(frozen=True)
 class Timing:
@@ -240,26 +269,27 @@ class Copies:
 
 
 def measure(
-  sizes: Sizes, implementations: list[str], repeats: int, only: list[str]
+  measured: Iterable[Case], repeats: int, only: list[str]
 ) -> Iterator[dict[str, Any]]:
   """One dict of labels and figures a case."""
   copies = Copies(repeats)
-  for implementation in implementations:
-    for labels, function, arguments in cases(sizes, implementation):
-      if only and not labels["kernel"].startswith(tuple(only)):
-        continue
-      timing = time_of(function, arguments, repeats)
-      figures = {
-        "ms": 1e3 * timing.seconds,
-        "clock": timing.clock,
+  for labels, function, arguments in measured:
+    if only and not labels["kernel"].startswith(tuple(only)):
+      continue
+    timing = time_of(function, arguments, repeats)
+    figures = {"ms": 1e3 * timing.seconds, "clock": timing.clock}
+    if "operations" in labels:
+      figures["TFLOP/s"] = labels["operations"] / timing.seconds / 1e12
+    else:
+      figures |= {
         "bytes": timing.moved,
         "GB/s": timing.bandwidth / 1e9,
         "share_of_copy": timing.bandwidth / copies.best(timing.moved).bandwidth,
       }
-      if "matmul" in labels["kernel"]:
-        operations = 2 * float(np.prod(labels["shape"]))
-        figures["TFLOP/s"] = operations / timing.seconds / 1e12
-      yield {**labels, **figures}
+    if "matmul" in labels["kernel"]:
+      operations = 2 * float(np.prod(labels["shape"]))
+      figures["TFLOP/s"] = operations / timing.seconds / 1e12
+    yield {**labels, **figures}
   for timing in copies.known.values():
     yield {
       "kernel": "copy",
@@ -295,7 +325,11 @@ def main(argv: list[str]) -> None:
   if _COMPILE_FOR.value:
     figures = iter([count_native(sizes, _COMPILE_FOR.value)])
   else:
-    figures = measure(sizes, _IMPLEMENTATIONS.value, _REPEATS.value, _KERNELS.value)
+    if _SWEEP.value:
+      measured = clip_cases.sweep(sizes, _CLIPS.value, launch.launch)
+    else:
+      measured = all_cases(sizes, _IMPLEMENTATIONS.value, _CLIPS.value)
+    figures = measure(measured, _REPEATS.value, _KERNELS.value)
   results = []
   for figure in figures:
     print(json.dumps(figure), flush=True)

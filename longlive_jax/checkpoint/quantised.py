@@ -189,6 +189,14 @@ def load_network(
     ValueError: it is damaged, of another kind, has no quantised weights, or asks for
       arithmetic that this machine lacks.
   """
+  tree = abstract_network(path, kind, dtype, mode=mode)
+  return _filled(tree, store.load(path, stored_leaves(tree)))
+
+
+def abstract_network(
+  path: store.PathLike, kind: str, dtype: Any = None, *, mode: str = ""
+) -> Any:
+  """What `load_network` would give, with shapes for arrays; reads the record only."""
   record = store.load_record(path, kind)
   if not store.is_packed(record):
     raise ValueError(
@@ -200,8 +208,7 @@ def load_network(
     weights.check_mode(used)
   config = store.network_config(kind, record["config"])
   dtype = jnp.dtype(dtype or record["dtype"])
-  tree = _abstract(kind, config, dtype, listed, record.get("run_starts", ()))
-  return _filled(tree, store.load(path, stored_leaves(tree)))
+  return _abstract(kind, config, dtype, listed, record.get("run_starts", ()))
 
 
 # ---------------------------------------------------------------------- quantise
@@ -227,7 +234,8 @@ def quantise_network(
   """
   tree, record = _planned(path, kind, dtype, mode, rule, layers)
   packed = pack_leaves(store.load_leaves(path, store.describe(path)), record)
-  return _filled(tree, {name: jnp.asarray(array) for name, array in packed})
+  device = jax.devices()[0]  # committed to it, as what `store.load` gives
+  return _filled(tree, {name: jax.device_put(array, device) for name, array in packed})
 
 
 def quantise_checkpoint(

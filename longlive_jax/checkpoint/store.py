@@ -22,6 +22,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import longlive_jax
+from longlive_jax.checkpoint import file_sizes
 from longlive_jax.models import dit, umt5, vae
 
 PathLike = str | os.PathLike
@@ -32,8 +33,10 @@ NETWORKS: dict[str, tuple[type, type, Mapping[str, Any]]] = {
   "vae": (vae.VideoVAE, vae.VAEConfig, vae.VAE_SIZES),
   "umt5": (umt5.UMT5Encoder, umt5.UMT5Config, umt5.UMT5_SIZES),
 }
-_SIZES = "sizes.json"  # of all files of a checkpoint, in bytes
 _GROUP_BYTES = 2**29  # arrays written at a time when a checkpoint comes as a stream
+# Arrays read at a time, so that host memory never holds a whole network: room for the
+# two largest of the 5B model together, 2.6 GB each, since one thread reads one array.
+_READ_BYTES = 6 * 10**9
 
 
 # ---------------------------------------------------------------------- names
@@ -97,7 +100,7 @@ def save(
     raise ValueError(f"path={target}: the tree has no arrays to save")
   new = target.with_name(f".{target.name}.new") if target.exists() else target
   ocp.save(new, leaves, custom_metadata=_checked_json(metadata), overwrite=True)
-  _write_sizes(new)
+  file_sizes.write(new)
   if new != target:
     _replace(target, new)
 
@@ -127,7 +130,7 @@ def save_stream(
     for group in _groups(leaves):
       ocp.partial.save(target, group, custom_metadata=record)
     ocp.partial.finalize(target)
-    _write_sizes(target)
+    file_sizes.write(target)
   except BaseException:
     shutil.rmtree(unfinished, ignore_errors=True)
     raise
@@ -158,7 +161,7 @@ def load(path: PathLike, abstract: Any = None, dtype: Any = None) -> Any:
   requests = {
     name: _request(leaf, dtype) for name, leaf in wanted.items() if name in stored
   }
-  arrays = _read(path, requests)
+  arrays = _read(path, stored, requests)
 
   def restore(path, leaf):
     name = path_name(path)
@@ -178,7 +181,7 @@ def load_leaves(
   for name in names:
     leaf = stored[name]
     like = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-    yield name, _read(path, {name: _request(like, dtype)})[name]
+    yield name, _read(path, stored, {name: _request(like, dtype)})[name]
 
 
 def describe(path: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
@@ -202,11 +205,18 @@ def check_shapes(
       problems.append(f"{name} has shape {stored[name].shape} instead of {shape}")
   surplus = [name for name in stored if name not in wanted]
   problems += [f"{name} {stored[name].shape} has no place" for name in surplus]
-  if problems:
-    raise ValueError(
-      f"checkpoint {path} does not fit, in {len(problems)} arrays; load it with the "
-      "config it was saved with:\n  " + "\n  ".join(problems)
-    )
+  if not problems:
+    return
+  advice = "load it with the config it was saved with"
+  if stored.keys() == wanted.keys() and all(
+    sorted(stored[name].shape) == sorted(shape) for name, shape in wanted.items()
+  ):
+    advice = "it was made by an older version, with axes in another order: convert it "
+    advice += "again with tools/convert_checkpoint.py, or train it again"
+  raise ValueError(
+    f"checkpoint {path} does not fit, in {len(problems)} arrays; {advice}:\n  "
+    + "\n  ".join(problems)
+  )
 
 
 def load_metadata(path: PathLike) -> dict[str, Any]:
@@ -387,11 +397,16 @@ def _key_impl(leaf: Any) -> Any:
   return found[0]
 
 
-def _read(path: PathLike, requests: dict[str, Any]) -> dict[str, Any]:
+def _read(
+  path: PathLike, stored: Mapping[str, jax.ShapeDtypeStruct], requests: dict[str, Any]
+) -> dict[str, Any]:
   if not requests:
     return {}
+  largest = max(stored[name].size * stored[name].dtype.itemsize for name in requests)
   context = ocp.Context()
   context.pytree.loading.partial_load = True
+  # Orbax refuses an array that takes all of its room.
+  context.memory.read_concurrent_bytes = max(_READ_BYTES, largest + 1)
   try:
     with context:
       return ocp.load(Path(path).absolute(), requests)
@@ -413,7 +428,7 @@ def _metadata(path: PathLike) -> Any:
       f"{folder} is not a checkpoint of this project; convert PyTorch files with "
       "tools/convert_checkpoint.py"
     )
-  _check_sizes(folder)
+  file_sizes.check(folder)
   try:
     metadata = ocp.metadata(folder)
     if not isinstance(metadata.metadata, dict):
@@ -423,41 +438,6 @@ def _metadata(path: PathLike) -> Any:
     raise ValueError(
       f"checkpoint {folder} is damaged: {_brief(error)}; copy or convert it again"
     ) from error
-
-
-def _file_sizes(folder: Path) -> dict[str, int]:
-  files = (file for file in folder.rglob("*") if file.is_file())
-  return {
-    file.relative_to(folder).as_posix(): file.stat().st_size
-    for file in files
-    if not file.name.endswith(_SIZES)
-  }
-
-
-def _write_sizes(folder: Path) -> None:
-  beside = folder / f".{_SIZES}"
-  beside.write_text(json.dumps(_file_sizes(folder), indent=1) + "\n")
-  beside.rename(folder / _SIZES)  # half a list would condemn a whole checkpoint
-
-
-def _check_sizes(folder: Path) -> None:
-  if not (folder / _SIZES).exists():  # saved by plain Orbax
-    return
-  have = _file_sizes(folder)
-  try:
-    wanted = json.loads((folder / _SIZES).read_text())
-    wrong = [
-      f"{name} has {have.get(name, 0)} bytes instead of {size}"
-      for name, size in wanted.items()
-      if have.get(name, 0) != size
-    ]
-  except (ValueError, AttributeError) as error:
-    wrong = [f"{_SIZES} cannot be read ({_brief(error)})"]
-  if wrong:
-    raise ValueError(
-      f"checkpoint {folder} is damaged: {'; '.join(wrong[:5])}; copy or convert it "
-      "again"
-    )
 
 
 def _replace(target: Path, new: Path) -> None:

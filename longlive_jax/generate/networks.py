@@ -261,15 +261,36 @@ def check_together(dit: Source, vae: Source, text: Source) -> None:
     )
 
 
+def abstract(source: Source, dtype: str) -> Any:
+  """The network that `load` gives, with shapes for arrays; reads its record only.
+
+  An array that stands in two places is one object here, too.
+  """
+  if source.path is not None and store.is_packed(store.load_metadata(source.path)):
+    mode = source.precision.mode
+    return quantised.abstract_network(source.path, source.kind, dtype, mode=mode)
+  places = []
+
+  def build() -> Any:
+    plain = _build(source, dtype)
+    network = precisions.apply(plain, source.precision, source.steps)
+    ids = [id(leaf) for leaf in jax.tree.leaves(network)]
+    places.extend(map(ids.index, ids))
+    return network
+
+  leaves, structure = jax.tree.flatten(jax.eval_shape(build))
+  return structure.unflatten([leaves[place] for place in places])
+
+
 def load(source: Source, dtype: str) -> Any:
-  """The network with its weights, on the default device.
+  """The network with its weights, committed to the first device.
 
   A quantised checkpoint is loaded as it is; a precision then says what its weights are
   multiplied with.
   """
   kind, path, precision = source.kind, source.path, source.precision
   if path is None:
-    return _random(source, jnp.dtype(dtype))
+    return _random(source, dtype)
   if store.is_packed(store.load_metadata(path)):
     return quantised.load_network(path, kind, dtype, mode=precision.mode)
   if not precision.mode or precision.plain_steps:
@@ -286,29 +307,37 @@ def load(source: Source, dtype: str) -> Any:
   )
   if not precision.plain_edges:
     return packed
-  plain = _on_host(path, store.abstract_network(kind, source.config, jnp.dtype(dtype)))
+  plain = _edges_on_host(source, dtype)
   return precisions.keep_edges(packed, plain, precision.plain_edges)
 
 
-def _on_host(path: Path, abstract: Any) -> Any:
-  """A plain network in host memory: numpy arrays come back where they are asked for."""
-  host = jax.tree.map(
-    lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract
-  )
-  return store.load(path, host)
+def _edges_on_host(source: Source, dtype: str) -> Any:
+  """The plain transformer's first and last layers, numpy; one array is read at a time.
+
+  All that is not in its layers is left abstract.
+  """
+  edges = source.precision.plain_edges
+  network = store.abstract_network(source.kind, source.config, jnp.dtype(dtype))
+  wanted = store.named_leaves({"blocks": network.blocks})
+  kept = {
+    name: np.concatenate([array[:edges], array[-edges:]]).astype(wanted[name].dtype)
+    for name, array in store.load_leaves(source.path, wanted)
+  }
+  network.blocks = jax.tree.unflatten(jax.tree.structure(network.blocks), kept.values())
+  return network
 
 
-def _random(source: Source, dtype: jnp.dtype) -> Any:
-  def build() -> Any:
-    # rbg: threefry compiles for seconds on a CPU, and again for every shape.
-    rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
-    return store.NETWORKS[source.kind][0](source.config, dtype=dtype, rngs=rngs)
+def _build(source: Source, dtype: str) -> Any:
+  # rbg: threefry compiles for seconds on a CPU, and again for every shape.
+  rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
+  module = store.NETWORKS[source.kind][0]
+  return module(source.config, dtype=jnp.dtype(dtype), rngs=rngs)
 
-  if not source.precision.mode:
-    return build()
-  return random_like(
-    jax.eval_shape(lambda: precisions.apply(build(), source.precision, source.steps))
-  )
+
+def _random(source: Source, dtype: str) -> Any:
+  if source.precision.mode:
+    return random_like(abstract(source, dtype))
+  return jax.device_put(_build(source, dtype), jax.devices()[0])
 
 
 def random_like(abstract: Any) -> Any:
@@ -318,18 +347,24 @@ def random_like(abstract: Any) -> Any:
   would be theirs: a device that holds the quantised network may not hold those.
 
   Args:
-    abstract: the network with shapes for arrays, as `jax.eval_shape` gives it.
+    abstract: the network with shapes for arrays, as `abstract` gives it: what is one
+      object in two places is one array, too.
 
   Returns:
-    The same tree of arrays on the default device: codes of all values (FP8: of half of
-    them, below 2), block scales of one, all else (other scales and plain weights)
-    around 0.02.
+    The same tree of arrays, committed to the first device: codes of all values (FP8:
+    of half of them, below 2), block scales of one, all else (other scales and plain
+    weights) around 0.02.
   """
   leaves, structure = jax.tree.flatten(abstract, is_leaf=_is_fp8)
   # rbg for the reason given above.
-  keys = jax.random.split(jax.random.key(0, impl="rbg"), len(leaves))
-  made = [_draw(leaf, key) for leaf, key in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(structure, made)
+  places = [id(leaf.codes if _is_fp8(leaf) else leaf) for leaf in leaves]
+  distinct = dict(zip(places, leaves, strict=True))
+  keys = jax.random.split(jax.random.key(0, impl="rbg"), len(distinct))
+  drawn = {
+    place: jax.device_put(_draw(leaf, key), jax.devices()[0])
+    for (place, leaf), key in zip(distinct.items(), keys, strict=True)
+  }
+  return jax.tree.unflatten(structure, [drawn[place] for place in places])
 
 
 def _is_fp8(node: Any) -> bool:

@@ -115,12 +115,12 @@ def keep_edges(
 
   Args:
     packed: with one run of layers.
-    plain: the same network; its arrays may be in host memory.
+    plain: the same network, or its first and last `edges` layers alone; its arrays
+      may be in host memory.
     edges: more than 0 and less than half of the layers.
   """
-  last = plain.config.layers - edges
-  mixed = dit.split_blocks(packed, [edges, last])
-  for run, kept in ((0, slice(edges)), (2, slice(last, None))):
+  mixed = dit.split_blocks(packed, [edges, packed.config.layers - edges])
+  for run, kept in ((0, slice(edges)), (2, slice(-edges, None))):
     mixed.blocks[run] = jax.tree.map(
       lambda leaf, kept=kept: jnp.asarray(leaf[kept]), plain.blocks
     )

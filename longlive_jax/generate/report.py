@@ -35,22 +35,32 @@ class ProgressBar:
 
 
 class Stopwatch:
-  """Times of one run, in seconds from its construction.
+  """Times of one run, in seconds from its start.
 
   `frames(n)` is called whenever n more video frames are ready. The first call also
   pays for compilation, so the loop's speed counts what came after it.
+
+  Args:
+    imports: seconds that had passed before, from the start of the process.
   """
 
-  def __init__(self):
-    self.start = time.monotonic()
+  def __init__(self, imports: float = 0.0):
+    self.start = time.monotonic() - imports
     self.first: float | None = None
     self.last = self.start
     self.first_frames = self.count = 0
+    self.startup = {"imports": imports}
+
+  def part(self, name: str) -> None:
+    """Ends a part of the start-up, which began where the one before ended."""
+    passed = time.monotonic() - self.start
+    self.startup[name] = passed - sum(self.startup.values())
 
   def frames(self, n: int) -> None:
     self.last = time.monotonic()
     self.count += n
     if self.first is None:
+      self.part("first_chunk")
       self.first, self.first_frames = self.last, n
 
   @property
@@ -60,11 +70,12 @@ class Stopwatch:
       return None
     return (self.count - self.first_frames) / (self.last - self.first)
 
-  def summary(self) -> dict[str, float | int | None]:
+  def summary(self) -> dict[str, Any]:
     total = time.monotonic() - self.start
     return {
       "frames": self.count,
       "time_to_first_frame_s": self.first and self.first - self.start,
+      "startup_s": self.startup,
       "loop_fps": self.loop_fps,
       "end_to_end_fps": self.count / total,
       "total_s": total,
@@ -124,6 +135,17 @@ class ContactSheet:
     iio.imwrite(path, self.image(), extension=".png")
 
 
+def process_age() -> float:
+  """Seconds since this process was started; 0 where only Linux tells."""
+  try:
+    status = Path("/proc/self/stat").read_text()
+    ticks = int(status.rpartition(")")[2].split()[19])  # field 22: man 5 proc
+    booted = time.clock_gettime(time.CLOCK_BOOTTIME)
+  except (OSError, AttributeError):
+    return 0.0
+  return booted - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def environment() -> dict[str, Any]:
   """Versions and device of this run, for the report."""
   packages = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint")
@@ -142,6 +164,12 @@ def environment() -> dict[str, Any]:
       "host_cpus": os.cpu_count(),
     },
   }
+
+
+def peak_bytes() -> int | None:
+  """The most that any device has had in use; None where the backend does not say."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  return max((s["peak_bytes_in_use"] for s in stats if s), default=None)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -190,6 +190,7 @@ def cached_forward(
   *,
   t_scale: float = 1.0,
   keep: bool = False,
+  remat: bool = False,
   layout: Layout = SINGLE,
   exchange_format: str = "",
 ) -> tuple[Array, tuple[Any, Any] | None]:
@@ -202,6 +203,7 @@ def cached_forward(
       rotates by window position.
     t_scale: factor on window positions (relative RoPE).
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
+    remat: recompute blocks in the backward pass.
     layout, exchange_format: see parallel/sequence.py; a cache of this device's heads.
 
   Returns:
@@ -244,9 +246,9 @@ def cached_forward(
       new = zip(layer, (k, v), strict=True)
       return out, tuple(kv_slots.encode(slots, a, layout.axes) for slots, a in new)
 
-    own = layout.split(latents, config.patch)
+    own, layers = layout.split(latents, config.patch), (cache.k, cache.v)
     exchanged = layout.exchanged(attend, f, p, exchange_format)
-    velocity, kept = model(own, time, text, exchanged, (cache.k, cache.v))
+    velocity, kept = model(own, time, text, exchanged, layers, remat=remat)
     return layout.join(velocity, config.patch, y, x), kept
 
   lengths = placement.length * p

@@ -12,6 +12,7 @@ program for every chunk, whatever its prompt, its shot and the length of the vid
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax.generate import on_mesh, sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers.kv_cache import KVCache
-from longlive_jax.models import vae
+from longlive_jax.models import dit, vae
 from longlive_jax.parallel import mesh as meshes
 
 Array = jax.Array
@@ -149,7 +150,7 @@ def shard_state(state: StreamState, mesh: jax.sharding.Mesh | None) -> StreamSta
     finite=whole,
     latent_shape=state.latent_shape,
   )
-  return meshes.place(state, specs, mesh)
+  return meshes.spread(state, specs, mesh)
 
 
 def copy_state(state: StreamState) -> StreamState:
@@ -183,18 +184,63 @@ def _decode(video_vae, decoder, latents, frames_per_call):
   return frames.reshape(b, -1, *frames.shape[3:]), dropped[0], decoder
 
 
-_noise = jax.jit(
-  lambda key, samples, frames, shape: sampler.frame_noise(
-    jax.random.wrap_key_data(key), samples, frames, shape
-  ),
-  static_argnums=3,
-)
+@functools.partial(jax.jit, static_argnums=3)
+def _noise(key, samples, frames, shape):
+  key = jax.random.wrap_key_data(key)
+  return sampler.frame_noise(key, samples, frames, shape)
 
 
 def compiled_programs() -> dict[str, int]:
   """How many programs the stream has compiled so far, by step."""
   steps = {"denoise": _denoise, "remember": _remember, "decode": _decode}
   return {name: step._cache_size() for name, step in steps.items()}
+
+
+def compile_ahead(
+  model: sampler.Model,
+  video_vae: vae.VideoVAE | None,
+  state: StreamState,
+  story: Story,
+  sampling: Sampling,
+  *,
+  decode_frames: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
+) -> None:
+  """Compiles the steps that `stream` will take, so that it finds them compiled.
+
+  What a step returns is described to the next one, as in the stream itself. Steps for
+  given latents are left out.
+
+  Args:
+    model, video_vae, state: shapes for arrays, which will be committed to the first
+      device, or be spread over the mesh: for arrays elsewhere `stream` compiles again.
+    story, sampling, decode_frames, mesh: as for `stream`.
+  """
+  if mesh is None:
+    everything = (model, video_vae, state)
+    model, video_vae, state = meshes.place(everything, jax.local_devices()[0])
+  else:
+    model, video_vae = meshes.replicate((model, video_vae), mesh)
+    state = shard_state(state, mesh)
+  b, n = state.samples.shape[0], sampling.frames_per_chunk
+  for length in [1, n] if sampling.independent_first_frame else [n]:
+    frames = meshes.shard_batch(_frame_numbers(b, 0, length), mesh)
+    noise = _outputs(_noise, state.key, state.samples, frames, state.latent_shape)
+    chunk = _chunk_inputs(
+      model.config, sampling, story, 0, 0, noise, None, cut=story.cut[0], mesh=mesh
+    )
+    latents, _, _ = _outputs(_denoise, model, state.cache, chunk, sampling, mesh)
+    if state.decoder is not None:
+      together = _divisor(length, decode_frames)
+      _outputs(_decode, video_vae, state.decoder, latents, together)
+
+
+def _outputs(step: Callable, *arguments) -> tuple[Array, ...]:
+  """Compiles a step for abstract arguments; what it returns, abstract and in place."""
+  lowered = step.lower(*arguments)
+  return jax.tree.map(
+    meshes.place, lowered.out_info, lowered.compile().output_shardings
+  )
 
 
 def stream(
@@ -239,35 +285,9 @@ def stream(
     ValueError: given latents, image or story that do not fit.
     FloatingPointError: a latent is not finite; names the chunk.
   """
-  config, n = model.config, sampling.frames_per_chunk
-  b = state.samples.shape[0]
+  n, b = sampling.frames_per_chunk, state.samples.shape[0]
   _check(state, story, sampling, image, given)
-  put = functools.partial(meshes.shard_batch, mesh=mesh)
-
-  def inputs(index, frame, noise, known, cut):
-    """Inputs of chunk `index` of the story, at latent frame `frame`."""
-    b, f = noise.shape[:2]
-    frames = np.tile(np.arange(frame, frame + f, dtype=np.int32), (b, 1))
-    fixed = np.zeros((b, f), bool)
-    held = np.zeros(noise.shape, np.float32)
-    if known is not None:
-      fixed[:, : known.shape[1]] = True
-      held[:, : known.shape[1]] = known
-    text = story.embeddings[story.prompt_index[index]]
-    negative = None
-    if sampling.branches == 2:
-      negative = np.broadcast_to(story.negative, text.shape)
-    chunk = sampler.ChunkInputs(
-      noise=noise,
-      text=text,
-      negative=negative,
-      frames=frames,
-      temporal=sampler.chunk_temporal(config, sampling, frames, story.shot[index]),
-      cut=cut,
-      known=fixed,
-      given=held,
-    )
-    return put(chunk)
+  inputs = functools.partial(_chunk_inputs, model.config, sampling, story, mesh=mesh)
 
   def decode(decoder, latents):
     if decoder is None:
@@ -284,8 +304,8 @@ def stream(
   if given is not None and frame == 0:
     for length in _lengths(given.shape[1], n, sampling.independent_first_frame):
       piece = np.asarray(given[:, frame : frame + length], np.float32)
-      piece = jnp.asarray(put(piece))
-      chunk = inputs(0, frame, piece, None, np.zeros_like(story.cut[0]))
+      piece = jnp.asarray(meshes.shard_batch(piece, mesh))
+      chunk = inputs(0, frame, piece, None, cut=np.zeros_like(story.cut[0]))
       cache = _remember(model, state.cache, piece, chunk, sampling, mesh)
       frames, decoder = decode(state.decoder, piece)
       frame += length
@@ -297,10 +317,10 @@ def stream(
   while index < story.chunks and not should_stop():
     alone = sampling.independent_first_frame and frame == 0 and image is None
     length = 1 if alone else n
-    frames = np.tile(np.arange(frame, frame + length, dtype=np.int32), (b, 1))
-    noise = _noise(state.key, state.samples, put(frames), state.latent_shape)
+    frames = meshes.shard_batch(_frame_numbers(b, frame, length), mesh)
+    noise = _noise(state.key, state.samples, frames, state.latent_shape)
     known = image if index == 0 else None
-    chunk = inputs(index, frame, noise, known, story.cut[index])
+    chunk = inputs(index, frame, noise, known, cut=story.cut[index])
     latents, finite, cache = _denoise(model, state.cache, chunk, sampling, mesh)
     decoded, decoder = decode(state.decoder, latents)
     index, frame = index + 1, frame + length
@@ -347,6 +367,48 @@ def _check(state, story, sampling, image, given) -> None:
         f"given has {given.shape[1]} latent frames; must be {first} plus a multiple "
         f"of frames_per_chunk={n}"
       )
+
+
+def _frame_numbers(b: int, first: int, length: int) -> np.ndarray:
+  """int32 (b, length)."""
+  return np.tile(np.arange(first, first + length, dtype=np.int32), (b, 1))
+
+
+def _chunk_inputs(
+  config: dit.WanConfig,
+  sampling: Sampling,
+  story: Story,
+  index: int,
+  frame: int,
+  noise: Array | jax.ShapeDtypeStruct,
+  known: Array | None,
+  *,
+  cut: np.ndarray,
+  mesh: jax.sharding.Mesh | None,
+) -> sampler.ChunkInputs:
+  """Inputs of chunk `index` of the story, at latent frame `frame`."""
+  b, f = noise.shape[:2]
+  frames = _frame_numbers(b, frame, f)
+  fixed = np.zeros((b, f), bool)
+  held = np.zeros(noise.shape, np.float32)
+  if known is not None:
+    fixed[:, : known.shape[1]] = True
+    held[:, : known.shape[1]] = known
+  text = story.embeddings[story.prompt_index[index]]
+  negative = None
+  if sampling.branches == 2:
+    negative = np.broadcast_to(story.negative, text.shape)
+  chunk = sampler.ChunkInputs(
+    noise=noise,
+    text=text,
+    negative=negative,
+    frames=frames,
+    temporal=sampler.chunk_temporal(config, sampling, frames, story.shot[index]),
+    cut=cut,
+    known=fixed,
+    given=held,
+  )
+  return meshes.shard_batch(chunk, mesh)
 
 
 def _lengths(frames: int, n: int, first_alone: bool) -> list[int]:

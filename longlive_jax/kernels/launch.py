@@ -76,7 +76,7 @@ def on_triton(implementation: str | None) -> bool:
       f"implementation={implementation!r} is unknown; use 'triton', 'jnp' or None"
     )
   if implementation is None:
-    return "NVIDIA" in _device_kind()
+    return "NVIDIA" in device_kind()
   return implementation == "triton"
 
 
@@ -86,7 +86,7 @@ def compute_capability() -> int:
   Raises:
     ValueError: a mesh of GPUs that are neither here nor known.
   """
-  kind, here = _device_kind(), jax.devices()[0]
+  kind, here = device_kind(), jax.devices()[0]
   if "NVIDIA" not in kind:
     return 0
   if kind == here.device_kind:
@@ -99,7 +99,7 @@ def compute_capability() -> int:
   )
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
   """Of the mesh that is traced for, which may only be described, or of this machine."""
   described = jax.sharding.get_abstract_mesh().abstract_device
   return (described or jax.devices()[0]).device_kind

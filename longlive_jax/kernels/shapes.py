@@ -4,8 +4,16 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class Clip:
+  """A training clip: its latent frames, and the ranks that share its attention."""
+
+  frames: int
+  ranks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What kernels meet while one chunk is generated.
+  """What kernels meet while one chunk is generated, and in training.
 
   Attributes:
     frames: latent frames of a chunk.
@@ -13,6 +21,7 @@ class Sizes:
     tokens: of a frame.
     heads, head_dim, ffn_dim: of the DiT.
     rows: numbers of rows that a product with packed weights is measured at.
+    clips: training clips by their length in seconds. A rank has its share of heads.
   """
 
   frames: int
@@ -22,6 +31,7 @@ class Sizes:
   head_dim: int
   ffn_dim: int
   rows: tuple[int, ...]
+  clips: dict[str, Clip]
 
   @property
   def dim(self) -> int:
@@ -57,9 +67,11 @@ SIZES = {
   "ti2v-5b": Sizes(
     frames=8, window=32, tokens=880, heads=24, head_dim=128, ffn_dim=14336,
     rows=(1, 16, 64, 256, 7040),
+    clips={"5s": Clip(32), "16s": Clip(96), "64s": Clip(384, ranks=4)},
   ),
   # Tokens that fill no tile, and widths that fill no tile of a product.
   "test": Sizes(
-    frames=2, window=3, tokens=37, heads=3, head_dim=32, ffn_dim=208, rows=(1, 17, 74)
+    frames=2, window=3, tokens=37, heads=3, head_dim=32, ffn_dim=208, rows=(1, 17, 74),
+    clips={"5s": Clip(4), "16s": Clip(6, ranks=3)},
   ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention with a choice of implementation and masks as functions of positions.
+"""Attention with a choice of implementation, by length or under a mask.
 
 `cudnn` is the fused kernel on NVIDIA GPUs. `blockwise` is plain JAX: an online softmax
 over blocks of keys for blocks of queries, so that the logits of a chunk against its
@@ -148,37 +148,3 @@ def _blocks(x: jax.Array, size: int) -> jax.Array:
   b, s, n, d = x.shape
   x = jnp.pad(x, ((0, 0), (0, -s % size), (0, 0), (0, 0)))
   return jnp.moveaxis(x.reshape(b, -1, size, n, d), 1, 0)
-
-
-def blockwise_causal(tokens_per_chunk: int, first_chunk: int = 0) -> Mask:
-  """Chunk b sees chunks <= b (SPEC 2.2).
-
-  Args:
-    tokens_per_chunk: tokens of a chunk.
-    first_chunk: tokens of a shorter first chunk (independent first frame), or 0.
-  """
-  shift = -first_chunk % tokens_per_chunk
-
-  def mask(q, k):
-    chunk_q = (q + shift) // tokens_per_chunk
-    chunk_k = (k + shift) // tokens_per_chunk
-    return chunk_k[None, :] <= chunk_q[:, None]
-
-  return mask
-
-
-def teacher_forcing(tokens: int, tokens_per_chunk: int) -> Mask:
-  """Mask over [clean tokens, noisy tokens], `tokens` of each (SPEC 2.2).
-
-  Clean chunk b sees clean chunks <= b; noisy chunk b sees clean chunks < b and the
-  noisy tokens of chunk b only.
-  """
-
-  def mask(q, k):
-    noisy_q, noisy_k = (q >= tokens)[:, None], (k >= tokens)[None, :]
-    chunk_q = ((q % tokens) // tokens_per_chunk)[:, None]
-    chunk_k = ((k % tokens) // tokens_per_chunk)[None, :]
-    history = jnp.where(noisy_q, chunk_k < chunk_q, chunk_k <= chunk_q)
-    return jnp.where(noisy_k, noisy_q & (chunk_k == chunk_q), history)
-
-  return mask

@@ -16,8 +16,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import attention as attn
-from longlive_jax.layers import rope
+from longlive_jax.layers import rope, teacher_forcing
 from longlive_jax.layers.linear import Linear
 from longlive_jax.layers.norm import LayerNorm, RMSNorm, layer_norm
 
@@ -396,13 +397,17 @@ def split_blocks(model: CausalDiT, starts: Sequence[int]) -> CausalDiT:
 
 
 def attend_all(
-  rotation: rope.Rotation, mask: attn.Mask | None = None, implementation=None
+  rotation: rope.Rotation,
+  layout: ClipLayout | None = None,
+  lengths: Array | None = None,
 ) -> Attend:
-  """Attention among the given tokens, under a mask: training and bidirectional."""
+  """Attention among the given tokens: all of them, or as a clip's layout allows."""
 
   def attend(layer, q, k, v):
     q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
-    return attn.attention(q, k, v, mask=mask, implementation=implementation), None
+    if layout is None:
+      return attn.attention(q, k, v), None
+    return teacher_forcing.attention(q, k, v, layout, lengths), None
 
   return attend
 
@@ -425,6 +430,7 @@ def train_forward(
   clean_time: Array | None = None,
   temporal: rope.Rotation | None = None,
   independent_first_frame: bool = False,
+  valid_frames: Array | None = None,
   remat: bool = False,
 ) -> Array:
   """One forward over a whole clip under the training mask (SPEC 2.2).
@@ -438,6 +444,7 @@ def train_forward(
       chunks before b and itself.
     temporal: rotation (b, f, pairs); frames 0, 1, ... if not given.
     independent_first_frame: frame 0 is a chunk of its own.
+    valid_frames: int32 (b,), frames that are no padding; None = all.
 
   Returns:
     velocity (b, f, y, x, c) of the noisy frames.
@@ -447,29 +454,23 @@ def train_forward(
       with an independent first frame.
   """
   b, f, y, x, _ = noisy.shape
-  first = 1 if independent_first_frame else 0
-  if (f - first) % frames_per_chunk:
-    raise ValueError(
-      f"frames={f} must be {first} plus a multiple of "
-      f"frames_per_chunk={frames_per_chunk}"
-    )
-  if clean is not None and independent_first_frame:
-    raise ValueError("teacher forcing is not defined with independent_first_frame=True")
   p = model.config.tokens_per_frame(y, x)
+  layout = ClipLayout.of_frames(
+    f, frames_per_chunk, p,
+    teacher_forced=clean is not None, independent_first_frame=independent_first_frame,
+  )  # fmt: skip
+  lengths = None if valid_frames is None else valid_frames * p
   if temporal is None:
     positions = np.broadcast_to(np.arange(f), (b, f))
     temporal = rope.temporal_rotation(positions, model.config.head_dim)
   text = model.embed_text(text)
   if clean is None:
-    mask = attn.blockwise_causal(frames_per_chunk * p, first * p)
-    attend = attend_all(model.rotation(temporal, y, x), mask)
+    attend = attend_all(model.rotation(temporal, y, x), layout, lengths)
     return model(noisy, time, text, attend, remat=remat)[0]
   if clean_time is None:
     clean_time = time_features(np.zeros((b, f)), model.config.freq_dim)
   both = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), temporal)
-  attend = attend_all(
-    model.rotation(both, y, x), attn.teacher_forcing(f * p, frames_per_chunk * p)
-  )
+  attend = attend_all(model.rotation(both, y, x), layout, lengths)
   velocity, _ = model(
     jnp.concatenate([clean.astype(noisy.dtype), noisy], axis=1),
     jnp.concatenate([clean_time, time], axis=1),

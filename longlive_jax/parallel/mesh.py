@@ -85,28 +85,35 @@ def to_host(tree: Any) -> Any:
   return jax.device_get(jax.tree.map(whole, tree))
 
 
-def place(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
-  """Arrays to their places; shapes (ShapeDtypeStruct) get a sharding.
+def place(tree: Any, where: jax.Device | jax.sharding.Sharding) -> Any:
+  """`jax.device_put`; of an abstract array it is noted where the real one will be.
+
+  In a run of several processes each of them has to have the same arrays.
+  """
+  if isinstance(where, jax.Device):
+    where = jax.sharding.SingleDeviceSharding(where)
+
+  def put(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    if where.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+      return jax.device_put(leaf, where)
+    # device_put would send every array around to see whether processes agree on it.
+    return jax.make_array_from_callback(leaf.shape, where, lambda at: leaf[at])
+
+  return jax.tree.map(put, tree)
+
+
+def spread(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
+  """Every array to its place on a mesh; None leaves all where it is.
 
   Args:
-    tree: arrays; every process has the same ones.
     specs: PartitionSpecs, a tree of which `tree` is a continuation.
-    mesh: None leaves everything where it is.
   """
   if mesh is None:
     return tree
-
-  def one(spec: P, leaf: Any) -> Any:
-    sharding = NamedSharding(mesh, _split(spec, mesh))
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
-      return jax.device_put(leaf, sharding)
-    # device_put would send every array around to see whether processes agree on it.
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda at: leaf[at])
-
   return jax.tree.map(
-    lambda spec, part: jax.tree.map(lambda leaf: one(spec, leaf), part), specs, tree
+    lambda spec, part: place(part, NamedSharding(mesh, _split(spec, mesh))), specs, tree
   )
 
 
@@ -128,7 +135,7 @@ def _split(spec: P, mesh: Mesh) -> P:
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
   """A copy of every array on every device."""
-  return place(tree, P(), mesh)
+  return spread(tree, P(), mesh)
 
 
 def shard_batch(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
@@ -143,4 +150,4 @@ def shard_batch(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
       raise ValueError(
         f"batch={leaf.shape[axis]} must be a multiple of devices={devices}"
       )
-  return place(tree, P(*(None,) * axis, DATA), mesh)
+  return spread(tree, P(*(None,) * axis, DATA), mesh)

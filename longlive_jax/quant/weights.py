@@ -137,7 +137,7 @@ def check_mode(mode: str) -> None:
   if mode == "w4a4_native" and launch.compute_capability() not in NATIVE:
     raise ValueError(
       f"mode={mode!r} needs a Blackwell data-centre GPU (B200 or B300, of compute "
-      f"capability 10), not {jax.devices()[0].device_kind}; use 'w4a4' for the same "
+      f"capability 10), not {launch.device_kind()}; use 'w4a4' for the same "
       "numbers, or 'w4a16', which is the faster on other devices"
     )
 

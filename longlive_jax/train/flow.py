@@ -1,4 +1,4 @@
-"""The autoregressive flow-matching loss (SPEC 6, without error recycling).
+"""The autoregressive flow-matching loss (SPEC 6); train/recycle.py adds errors to it.
 
 A clip is cut into chunks. Every chunk of every sample gets its own noise level, and the
 network must say which velocity (noise minus clean) made the noisy chunk, while it sees
@@ -22,6 +22,7 @@ from longlive_jax.generate.schedule import (
   add_noise,
   training_grid,
 )
+from longlive_jax.train import recycle
 
 CLEAN_INDEX = NUM_TRAIN_TIMESTEPS
 
@@ -139,6 +140,8 @@ def flow_inputs(
   context_index: jax.Array | None = None,
   initial: jax.Array | None = None,
   mask: jax.Array | None = None,
+  source: jax.Array | None = None,
+  context_error: jax.Array | None = None,
 ) -> FlowInputs:
   """Noises a batch and prepares target, context, weight and mask.
 
@@ -151,6 +154,8 @@ def flow_inputs(
     initial: (b, settings.conditioning_frames, ...) given frames (image-to-video),
       which replace the clean ones; None takes them from `clean`.
     mask: (b, f) 1 where a frame counts, or None for all.
+    source: (b, f, ...) what is noised instead of `clean`, which stays the target.
+    context_error: (b, f, ...) added to the context.
   """
   grid = training_grid(settings.shift)
   sigmas = jnp.append(grid.sigmas, 0.0)
@@ -159,12 +164,14 @@ def flow_inputs(
     weights = jnp.ones_like(weights)
   clean, noise, index = jnp.asarray(clean), jnp.asarray(noise), jnp.asarray(index)
 
-  noisy = add_noise(clean, noise, sigmas[index])
+  noisy = add_noise(clean if source is None else source, noise, sigmas[index])
   target = noise - clean
   if context_index is None:
     context, context_index = clean, jnp.full(index.shape, CLEAN_INDEX, index.dtype)
   else:
     context = add_noise(clean, noise, sigmas[context_index])
+  if context_error is not None:
+    context = context + context_error
   mask = jnp.ones(index.shape, jnp.float32) if mask is None else mask
 
   given = settings.conditioning_frames
@@ -213,7 +220,8 @@ def ar_loss(
   batch: dict[str, Any],
   key: jax.Array,
   settings: FlowSettings,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+  errors: recycle.ErrorBuffers | None = None,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], recycle.ErrorBuffers | None]]:
   """Draws noise and times for a batch and returns the loss of the network on it.
 
   Args:
@@ -222,9 +230,11 @@ def ar_loss(
     batch: 'latents' (b, f, y, x, c), optionally 'mask' (b, f).
     key: random key; the draws depend on nothing else.
     settings: FlowSettings.
+    errors: of error recycling; None is without.
 
   Returns:
-    loss () float32 and metrics: mse (unweighted) by noise level.
+    loss () float32; metrics: mse (unweighted) by noise level; the buffers with the
+    errors of this batch.
   """
   clean = batch["latents"].astype(jnp.float32)
   b, f = clean.shape[:2]
@@ -236,16 +246,48 @@ def ar_loss(
     context_index = draw_indices(
       key_context, b, f, settings.frames_per_chunk, maximum=settings.context_noise_max
     )
+  injected = None
+  if errors is not None:
+    # Numbers that `split` does not use: the draws above stay what they are without it.
+    key_inject, key_keep = (jax.random.fold_in(key, 2**30 + i) for i in range(2))
+    injected = recycle.inject(errors, key_inject, clean, noise, index)
   inputs = flow_inputs(
-    clean, noise, index, settings, context_index=context_index, mask=batch.get("mask")
+    clean,
+    noise if injected is None else injected.noise,
+    index,
+    settings,
+    context_index=context_index,
+    mask=batch.get("mask"),
+    source=None if injected is None else injected.source,
+    context_error=None if injected is None else injected.context,
   )
   if settings.context_jitter:
     context = _jitter(key_jitter, inputs.context, settings)
     inputs = dataclasses.replace(inputs, context=context)
   velocity = model_fn(inputs)
+  if injected is not None:
+    latent_error, noise_error = prediction_errors(velocity, clean, inputs, settings)
+    errors = recycle.remember(
+      errors, key_keep, latent_error, noise_error, index, injected.untouched
+    )
   levels = noise_levels(inputs, velocity)
   metrics = {f"mse_level{i}": levels[i] for i in range(levels.shape[0])}
-  return flow_loss(velocity, inputs), metrics
+  return flow_loss(velocity, inputs), (metrics, errors)
+
+
+def prediction_errors(
+  velocity: jax.Array, clean: jax.Array, inputs: FlowInputs, settings: FlowSettings
+) -> tuple[jax.Array, jax.Array]:
+  """What the network got wrong: in the clean latents, and in the noise (SPEC 6).
+
+  Returns:
+    (b, f, ...) each, float32, without gradient.
+  """
+  sigmas = jnp.append(training_grid(settings.shift).sigmas, 0.0)
+  sigma = sigmas[inputs.index][:, :, None, None, None]
+  velocity = jax.lax.stop_gradient(velocity).astype(jnp.float32)
+  latent_error = inputs.noisy - sigma * velocity - clean
+  return latent_error, (velocity - inputs.target) * (1 - sigma)
 
 
 def _jitter(key: jax.Array, context: jax.Array, settings: FlowSettings) -> jax.Array:

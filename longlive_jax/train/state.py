@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from longlive_jax.quant.weights import is_packed
+from longlive_jax.train.recycle import ErrorBuffers
 
 
 @jax.tree_util.register_dataclass
@@ -20,12 +21,14 @@ class TrainState:
     params: network modules (a module or a dict of them), float32 master weights.
     ema: exponential moving average of params, same structure.
     opt_state: of the optimiser.
+    errors: of error recycling, or None.
   """
 
   step: jax.Array
   params: Any
   ema: Any
   opt_state: optax.OptState
+  errors: ErrorBuffers | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +90,18 @@ def make_optimizer(
   return optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen))
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  errors: ErrorBuffers | None = None,
+) -> TrainState:
   """State at step 0, on the first device."""
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema=jax.tree.map(jnp.copy, params),  # own buffers: the state is donated
     opt_state=optimizer.init(params),
+    errors=errors,
   )
   # Committed to its device, as a restored state is: else resuming would compile
   # another program, which on a GPU may round differently.
@@ -117,7 +125,7 @@ def update(
   ema = jax.tree.map(
     lambda old, new: old + (1 - decay) * (new - old), state.ema, params
   )
-  return TrainState(state.step + 1, params, ema, opt_state)
+  return TrainState(state.step + 1, params, ema, opt_state, state.errors)
 
 
 def cast(tree: Any, dtype: jnp.dtype) -> Any:

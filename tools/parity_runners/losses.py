@@ -1,10 +1,10 @@
-"""losses/ar_*: the flow-matching loss, and how its timesteps are drawn."""
+"""losses/*: flow matching, distribution matching, and how timesteps are drawn."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.train import flow
+from longlive_jax.train import dmd, flow
 from parity_runners.common import Case, Result
 
 
@@ -57,3 +57,79 @@ def timestep_draws(case: Case) -> Result:
       inside = (array >= 0).all() and (array < 1000).all()
       checks[f"{mode}, {whose}"] = bool(same and inside)
   return Result(checks=checks, informative=frozenset(case.outputs))
+
+
+def _noised(case: Case, sample: np.ndarray) -> tuple[dmd.DMDSettings, dmd.NoisedSample]:
+  inputs = case.inputs
+  initial = inputs.get("initial_latent")
+  settings = dmd.DMDSettings(
+    frames_per_chunk=case.frames_per_chunk,
+    shift=case.setting("shift", 5.0),
+    teacher_guidance=case.setting("teacher_guidance", 3.0),
+    critic_guidance=case.setting("critic_guidance", 0.0),
+    min_timestep=case.setting("min_timestep", 20),
+    max_timestep=case.setting("max_timestep", 980),
+    first_frame_alone=case.setting("norm_first_frame_separate", False),
+    conditioning_frames=0 if initial is None else initial.shape[1],
+    reference=case.reference,
+  )
+  noised = dmd.noise_sample(
+    sample,
+    inputs["noise"],
+    jnp.asarray(inputs["raw_timestep"], jnp.int32),
+    settings,
+    initial=initial,
+    mask=inputs.get("gradient_mask"),
+  )
+  return settings, noised
+
+
+def generator_loss(case: Case) -> Result:
+  inputs = case.inputs
+
+  def loss(generated):
+    settings, noised = _noised(case, generated)
+    scores = []
+    for who, guidance in (
+      ("fake", settings.critic_guidance),
+      ("real", settings.teacher_guidance),
+    ):
+      cond, uncond = inputs[f"{who}_cond_x0"], inputs[f"{who}_uncond_x0"]
+      scores.append(dmd.guided(cond, uncond, guidance))
+    gradient = dmd.matching_gradient(noised.sample, *scores, settings)
+    found = dmd.generator_loss(noised.sample, gradient, noised.mask)
+    return found, (noised, gradient)
+
+  (value, (noised, gradient)), slope = jax.value_and_grad(loss, has_aux=True)(
+    jnp.asarray(inputs["generated"])
+  )
+  values = {
+    "noisy": noised.noisy,
+    "timestep": noised.timestep,
+    "kl_grad": gradient,
+    "loss": value,
+    "loss_float64": value,
+    "grad_generated": slope,
+    "gradient_norm_log": jnp.abs(gradient).mean(),
+  }
+  return Result({name: values[name] for name in case.outputs if name in values})
+
+
+def critic_loss(case: Case) -> Result:
+  inputs = case.inputs
+  _, noised = _noised(case, jnp.asarray(inputs["generated"]))
+  sigma = case.sigma(noised.timestep)[:, :, None, None, None]
+
+  def loss(clean):  # the case gives the network's output as clean latents
+    # The noise level of given frames is 0 in the library; they do not count.
+    velocity = (noised.noisy - clean) / jnp.where(noised.mask, sigma, 1.0)
+    return dmd.critic_loss(velocity, noised)
+
+  value, slope = jax.value_and_grad(loss)(jnp.asarray(inputs["pred_x0"]))
+  values = {
+    "noisy": noised.noisy,
+    "timestep": noised.timestep,
+    "loss": value,
+    "grad_pred_x0": slope,
+  }
+  return Result({name: values[name] for name in case.outputs if name in values})

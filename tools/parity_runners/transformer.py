@@ -8,7 +8,8 @@ import numpy as np
 
 from longlive_jax.checkpoint import store, torch_names
 from longlive_jax.generate import schedule
-from longlive_jax.layers import attention, rope
+from longlive_jax.kernels.clip_layout import ClipLayout
+from longlive_jax.layers import rope
 from longlive_jax.models import dit
 from parity_runners.common import Case, Result, channels_last, frame_offsets
 
@@ -69,7 +70,8 @@ def intermediates(case: Case) -> Result:
   rotation = model.rotation(
     rope.temporal_rotation(positions, model.config.head_dim), y, x
   )
-  attend = dit.attend_all(rotation, attention.blockwise_causal(n * p))
+  layout = ClipLayout.of_frames(f, n, p, teacher_forced=False)
+  attend = dit.attend_all(rotation, layout)
 
   h = model.patch_embedding(dit.patchify(jnp.asarray(latents), patch))
   text = model.embed_text(jnp.asarray(context))
@@ -153,14 +155,15 @@ def train(case: Case) -> Result:
 
 
 def _mask(case: Case, f: int, p: int, teacher_forcing: bool) -> np.ndarray:
-  n = case.frames_per_chunk
-  if teacher_forcing:
-    tokens, mask = 2 * f * p, attention.teacher_forcing(f * p, n * p)
-  else:
-    first = p if case.setting("independent_first_frame", False) else 0
-    tokens, mask = f * p, attention.blockwise_causal(n * p, first)
-  index = jnp.arange(tokens)
-  return np.asarray(mask(index, index))
+  layout = ClipLayout.of_frames(
+    f,
+    case.frames_per_chunk,
+    p,
+    teacher_forced=teacher_forcing,
+    independent_first_frame=case.setting("independent_first_frame", False),
+  )
+  index = jnp.arange(layout.length)
+  return np.asarray(layout.mask(index, index))
 
 
 def _bidirectional(case: Case) -> Result:

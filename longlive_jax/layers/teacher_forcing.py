@@ -1,0 +1,142 @@
+"""Attention among all tokens of a training clip, under the mask of its layout.
+
+  triton     kernels/flash_attention.py: one kernel forward, two backward
+  pieces     each chunk's queries against the keys that they see, copied together: one
+             plain attention a chunk and half, which is cuDNN's on a GPU
+  blockwise  plain JAX, all pairs, masked: the reference, and the default without a GPU
+
+The first two do no work for pairs that the mask rules out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.kernels import flash_attention, launch
+from longlive_jax.kernels.clip_layout import ClipLayout
+from longlive_jax.layers import attention as attn
+
+Array = jax.Array
+
+IMPLEMENTATIONS = ("triton", "pieces", "blockwise")
+
+
+def default_implementation(dtype: jnp.dtype) -> str:
+  """'triton' on an NVIDIA GPU with 16-bit inputs, else 'blockwise'."""
+  half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+  return "triton" if half and launch.on_triton(None) else "blockwise"
+
+
+def attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  layout: ClipLayout,
+  lengths: Array | None = None,
+  *,
+  implementation: str | None = None,
+) -> Array:
+  """softmax(q k^T / sqrt(d)) v over the pairs that the layout allows (SPEC 2.2).
+
+  Args:
+    q, k, v: (b, s, n, d) of one dtype, s = layout.length.
+    lengths: int32 (b,), valid positions of each sample's clip; None = all. What is
+      behind them is padding: not attended, its output and its gradients are 0.
+    implementation: 'triton', 'pieces', 'blockwise' or None for
+      `default_implementation`.
+
+  Returns:
+    (b, s, n, d) in the dtype of q.
+
+  Raises:
+    ValueError: an unknown implementation, tokens that are not those of the layout, or
+      what 'triton' cannot do, see kernels/flash_attention.py.
+  """
+  if q.shape[1] != layout.length:
+    raise ValueError(f"q.shape={q.shape} must have layout.length={layout.length} rows")
+  implementation = implementation or default_implementation(q.dtype)
+  if implementation == "triton":
+    return _triton(q, k, v, lengths, layout)
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation={implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
+    )
+  compute = _pieces if implementation == "pieces" else _blockwise
+  out = compute(q, k, v, lengths, layout)
+  if lengths is None:
+    return out
+  valid = layout.valid(jnp.arange(layout.length), lengths)
+  return jnp.where(valid[..., None, None], out, 0)
+
+
+# ------------------------------------------------------------------ triton
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _triton(q, k, v, lengths, layout):
+  return _triton_forward(q, k, v, lengths, layout)[0]
+
+
+def _triton_forward(q, k, v, lengths, layout):
+  inputs = q, k, v, lengths
+  out, lse = flash_attention.forward(*inputs, layout=layout, run=launch.launch)
+  return out, (*inputs, out, lse)
+
+
+def _triton_backward(layout, saved, gradient):
+  gradients = flash_attention.backward(
+    *saved, gradient, layout=layout, run=launch.launch
+  )
+  return *gradients, None
+
+
+_triton.defvjp(_triton_forward, _triton_backward)
+
+
+# ------------------------------------------------------------------ pieces
+def _pieces(q, k, v, lengths, layout):
+  # A key is in many pieces: its gradients must be added in float32.
+  k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+  found = {}
+  for rectangle in layout.rectangles():
+    piece = functools.partial(_piece, rectangle=rectangle)
+    # Of a piece the output is kept, not the copy of its keys: over a long clip these
+    # would be many times the keys.
+    found[rectangle.queries] = jax.checkpoint(piece, policy=_is_attention)(
+      q, k, v, lengths
+    )
+  return jnp.concatenate([found[queries] for queries in sorted(found)], axis=1)
+
+
+def _piece(q, k, v, lengths, *, rectangle):
+  q = q[:, slice(*rectangle.queries)]
+  k, v = (
+    jnp.concatenate([x[:, first:end] for first, end in rectangle.keys], axis=1)
+    for x in (k.astype(q.dtype), v.astype(q.dtype))
+  )
+  # These are the keys of positions 0, 1, ..., so the valid ones come first. Queries
+  # that would see none are padding themselves.
+  lengths = None if lengths is None else jnp.clip(lengths, 1, k.shape[1])
+  return attn.attention(q, k, v, lengths=lengths)
+
+
+def _is_attention(primitive, *_, **__) -> bool:
+  """Whether cuDNN's attention forward: what a backward pass must not run again."""
+  return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# ------------------------------------------------------------------ blockwise
+def _blockwise(q, k, v, lengths, layout):
+  plain = functools.partial(attn.attention, implementation="blockwise")
+  if lengths is None:
+    return plain(q, k, v, mask=layout.mask)
+
+  def sample(q, k, v, length):
+    def mask(q_index, k_index):
+      # Padding sees everything: a softmax over nothing is not a number.
+      valid_q = (layout.position(q_index) < length)[:, None]
+      valid_k = layout.position(k_index) < length
+      return ~valid_q | (valid_k & layout.mask(q_index, k_index))
+
+    return plain(q[None], k[None], v[None], mask=mask)[0]
+
+  return jax.vmap(sample)(q, k, v, lengths)

@@ -1,0 +1,306 @@
+"""Training on one's own history: the self-forcing rollout (SPEC 8).
+
+Chunks are made one after the other against the cache, as in generation, but each stops
+at a drawn *exit step*: the solver runs there without gradient, the network predicts
+clean latents with gradient, and these are the chunk. A pass without gradient writes it
+into the cache. So a few passes train all steps of a few-step generator.
+
+Two conventions for what the history passes on:
+
+  detached        the cache is a constant. Chunks are then independent in the backward
+                  pass: it replays the rollout and takes one chunk's derivative at a
+                  time, in memory that does not grow with the length.
+  through_cache   keys and values have the numbers of the clean pass and the derivative
+                  of the exit pass, as the reference has it. Every chunk's cache is kept
+                  for the backward pass.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from longlive_jax.generate import sampler, schedule
+from longlive_jax.generate.sampler import ChunkInputs, Sampling
+from longlive_jax.layers import kv_cache
+from longlive_jax.models import dit
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+  """How a training rollout is made. Static.
+
+  Attributes:
+    sampling: as in generation; without guidance.
+    gradient_frames: last latent frames that have a gradient, whole chunks; -1: all.
+    context_noise: timestep at which a finished chunk is written into the cache.
+    through_cache: the convention, see above; it needs a cache of plain numbers.
+    remat: recompute blocks in the backward pass.
+  """
+
+  sampling: Sampling
+  gradient_frames: int = -1
+  context_noise: float = 0.0
+  through_cache: bool = False
+  remat: bool = False
+
+  def __post_init__(self):
+    if self.sampling.branches > 1:
+      raise ValueError(
+        f"guidance={self.sampling.guidance} must be 1 in a training rollout: it is "
+        "distilled into a few-step generator"
+      )
+    if self.sampling.clean_recache:
+      raise ValueError("clean_recache=True is for generation; rollouts do without")
+    if self.through_cache and self.sampling.kv_format:
+      raise ValueError(
+        f"through_cache=True has no derivative through kv_format="
+        f"{self.sampling.kv_format!r}; use kv_format='' or through_cache=False"
+      )
+    if not 0 <= self.context_noise < schedule.NUM_TRAIN_TIMESTEPS:
+      raise ValueError(
+        f"context_noise={self.context_noise} must be a timestep in [0, "
+        f"{schedule.NUM_TRAIN_TIMESTEPS})"
+      )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RolloutChunks:
+  """All chunks of a rollout, on a leading axis of every leaf.
+
+  Attributes:
+    chunk: inputs as in generation, (chunks, b, ...).
+    exit_step: int32 (chunks,), solver step whose prediction is the chunk.
+    context_noise: (chunks, b, f, y, x, c), mixed into what is written to the cache.
+    trains: bool (chunks,), whether the chunk has a gradient; see `trains`.
+  """
+
+  chunk: ChunkInputs
+  exit_step: Array
+  context_noise: Array
+  trains: Array
+
+
+def trains(frames: np.ndarray, settings: RolloutSettings) -> np.ndarray:
+  """Which chunks have a gradient: bool (chunks,), from frames (chunks, b, f)."""
+  first, end = frames[:, 0, 0], frames[-1, 0, -1] + 1
+  if settings.gradient_frames < 0:
+    return np.ones(len(frames), bool)
+  return first >= end - settings.gradient_frames
+
+
+def rollout(
+  model: dit.CausalDiT,
+  cache: kv_cache.KVCache,
+  chunks: RolloutChunks,
+  settings: RolloutSettings,
+) -> tuple[Array, kv_cache.KVCache]:
+  """Generates a training sample; differentiable in the model.
+
+  Args:
+    model: the generator.
+    cache: empty, or of frames that are given.
+    chunks: their inputs; every chunk has the same length.
+    settings: static.
+
+  Returns:
+    clean latents (chunks, b, f, y, x, c) float32, and the cache after the last one.
+  """
+  if settings.through_cache:
+    return _through_cache(model, cache, chunks, settings)
+  return _detached(model, cache, chunks, settings)
+
+
+def _through_cache(model, cache, chunks, settings):
+  @jax.checkpoint  # else the residuals of all chunks' passes would be kept
+  def step(cache, inputs):
+    start = _until_exit(model, cache, inputs, settings)
+    latents, (k, v) = _exit(model, cache, inputs, start, settings)
+    # A chunk without gradient passes none on, neither in itself nor in the cache.
+    latents, k, v = jax.tree.map(
+      lambda a: jnp.where(inputs.trains, a, lax.stop_gradient(a)), (latents, k, v)
+    )
+    cache = _remember(model, cache, inputs, latents, settings, slopes=(k, v))
+    return cache, latents
+
+  cache, latents = lax.scan(step, cache, chunks)
+  return latents, cache
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _detached(model, cache, chunks, settings):
+  def step(cache, inputs):
+    start = _until_exit(model, cache, inputs, settings)
+    latents, _ = _exit(model, cache, inputs, start, settings)
+    return _remember(model, cache, inputs, latents, settings), latents
+
+  cache, latents = lax.scan(step, cache, chunks)
+  return latents, cache
+
+
+def _detached_forward(model, cache, chunks, settings):
+  return _detached(model, cache, chunks, settings), (model, cache, chunks)
+
+
+def _detached_backward(settings, saved, cotangents):
+  """Replays the rollout and adds up the derivatives of its chunks."""
+  model, cache, chunks = saved
+  slopes, _ = cotangents  # of the latents; the cache passes none on
+
+  def step(carry, inputs):
+    cache, total = carry
+    inputs, slope = inputs
+    start = _until_exit(model, cache, inputs, settings)
+
+    def latents_of(model):
+      return _exit(model, cache, inputs, start, settings)[0]
+
+    def derive(_):
+      latents, pull = jax.vjp(latents_of, model)
+      return latents, jax.tree.map(jnp.add, total, pull(slope)[0])
+
+    latents, total = lax.cond(
+      inputs.trains, derive, lambda _: (latents_of(model), total), None
+    )
+    return (_remember(model, cache, inputs, latents, settings), total), None
+
+  zeros = jax.tree.map(jnp.zeros_like, model)
+  (_, total), _ = lax.scan(step, (cache, zeros), (chunks, slopes))
+  return total, None, None
+
+
+_detached.defvjp(_detached_forward, _detached_backward)
+
+
+# --------------------------------------------------------------------- one chunk
+
+
+def _until_exit(model, cache, inputs, settings) -> Array:
+  """The sample (b, f, y, x, c) that the exit step starts from; without gradient."""
+  model, cache = lax.stop_gradient((model, cache))
+  chunk, table = inputs.chunk, _table(settings)
+  text, placements = _text(model, chunk), _placements(cache, chunk)
+
+  def step(i, state):
+    row = jax.tree.map(lambda a: jnp.asarray(a)[i], table.rows)
+    state = dataclasses.replace(state, x=_given(chunk, state.x))
+    velocity, _ = _pass(
+      model, cache, _at(placements, i), state.x, _times(model, chunk, i, settings),
+      text, chunk, settings, keep=False,
+    )  # fmt: skip
+    return schedule.solver_step(row, state, velocity)
+
+  start = schedule.solver_init(lax.stop_gradient(chunk.noise))
+  return _given(chunk, lax.fori_loop(0, inputs.exit_step, step, start).x)
+
+
+def _exit(model, cache, inputs, start, settings):
+  """The chunk's clean latents as predicted from `start`, and its keys and values."""
+  chunk, table, i = inputs.chunk, _table(settings), inputs.exit_step
+  velocity, kept = _pass(
+    model, cache, _at(_placements(cache, chunk), i), lax.stop_gradient(start),
+    _times(model, chunk, i, settings), _text(model, chunk), chunk, settings,
+    keep=settings.through_cache,
+  )  # fmt: skip
+  sigma = _sigma(jnp.asarray(table.timesteps, jnp.float32)[i], settings)
+  latents = schedule.velocity_to_clean(start, velocity, sigma)
+  return _given(chunk, latents), kept if settings.through_cache else (None, None)
+
+
+def _remember(model, cache, inputs, latents, settings, slopes=None):
+  """Writes a finished chunk into the cache, its numbers without gradient.
+
+  Args:
+    slopes: keys and values of the exit pass, whose derivative the cache gets.
+  """
+  constant, old = lax.stop_gradient((model, cache))
+  chunk, sampling = inputs.chunk, settings.sampling
+  noise_level = jnp.float32(settings.context_noise)
+  noisy = schedule.add_noise(
+    lax.stop_gradient(latents), inputs.context_noise, _sigma(noise_level, settings)
+  )
+  time = dit.time_features(np.float64(settings.context_noise), model.config.freq_dim)
+  time = _known_or(chunk, jnp.asarray(time), model)
+  # Every pass of a chunk but the first finds its frames in the cache.
+  _, placement = _placements(cache, chunk)
+  _, (k, v) = _pass(
+    constant, old, placement, _given(chunk, noisy), time, _text(constant, chunk), chunk,
+    settings, keep=True,
+  )  # fmt: skip
+  if slopes is not None:
+    k, v = jax.tree.map(
+      lambda new, slope: new + slope - lax.stop_gradient(slope), (k, v), slopes
+    )
+  cut = chunk.cut & sampling.pins
+  return kv_cache.pin(kv_cache.commit(cache, placement, k, v), chunk.frames, cut)
+
+
+def _pass(model, cache, placement, latents, time, text, chunk, settings, *, keep):
+  return sampler.cached_forward(
+    model,
+    cache,
+    placement,
+    latents,
+    time,
+    text,
+    chunk.temporal,
+    t_scale=settings.sampling.t_scale,
+    keep=keep,
+    remat=settings.remat,
+  )
+
+
+def _table(settings: RolloutSettings) -> schedule.SolverTable:
+  s = settings.sampling
+  return schedule.solver_table(s.solver, s.steps, s.shift)
+
+
+def _times(model, chunk, i, settings) -> Array:
+  """Time features (b, f, freq_dim) of solver step i."""
+  features = dit.time_features(_table(settings).timesteps, model.config.freq_dim)
+  return _known_or(chunk, jnp.asarray(features)[i], model)
+
+
+def _known_or(chunk, features, model) -> Array:
+  """Features of a pass (freq_dim,) for all frames; given frames are at timestep 0."""
+  clean = dit.time_features(np.zeros(()), model.config.freq_dim)
+  return jnp.where(chunk.known[:, :, None], clean, features)
+
+
+def _sigma(timestep: Array, settings: RolloutSettings) -> Array:
+  grid = schedule.training_grid(settings.sampling.shift)
+  reference = settings.sampling.reference
+  return schedule.sigma_at(timestep, grid=grid, reference=reference)
+
+
+def _given(chunk: ChunkInputs, latents: Array) -> Array:
+  """Latents (b, f, y, x, c) with the given frames in them."""
+  return jnp.where(chunk.known[:, :, None, None, None], chunk.given, latents)
+
+
+def _text(model: dit.CausalDiT, chunk: ChunkInputs) -> dit.TextKeys:
+  return model.text_keys(model.embed_text(chunk.text[:, None]))
+
+
+def _placements(cache: kv_cache.KVCache, chunk: ChunkInputs):
+  """Where the chunk goes in its first pass, and in all others.
+
+  They differ under the reference's rules only, which look at the pin as it was before
+  the pass.
+  """
+  first = kv_cache.place(cache, chunk.frames)
+  written = dataclasses.replace(
+    cache, frame=first.frame, pinned=first.pinned, has_pin=first.has_pin
+  )
+  return first, kv_cache.place(written, chunk.frames)
+
+
+def _at(placements, i: Array) -> kv_cache.Placement:
+  """The placement of solver step i."""
+  return jax.tree.map(lambda a, b: jnp.where(i == 0, a, b), *placements)

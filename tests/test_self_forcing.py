@@ -1,0 +1,206 @@
+"""The training rollout: what it generates, and the derivatives of both conventions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_weights import normal, random_dit
+
+from longlive_jax.generate import sampler, schedule
+from longlive_jax.layers import kv_cache
+from longlive_jax.models import dit
+from longlive_jax.train import self_forcing
+
+SAMPLING = sampler.Sampling(
+  frames_per_chunk=2, window_frames=6, sink_frames=2, steps=3, shot_rope_offset=2.0
+)
+PLAIN = self_forcing.RolloutSettings(SAMPLING)
+CHUNKS, B, N, Y = 4, 1, 2, 2
+
+
+@pytest.fixture(scope="module")
+def model() -> dit.CausalDiT:
+  return random_dit()
+
+
+def _chunks(model, exits=(1, 0, 2, 1), settings=PLAIN) -> self_forcing.RolloutChunks:
+  count, c = len(exits), model.config.in_channels
+  frames = np.arange(count * N, dtype=np.int32).reshape(count, B, N)
+  cut = np.arange(count)[:, None] == 2
+  shape = (count, B, N, Y, Y, c)
+  known = np.zeros((count, B, N), bool)
+  known[0, :, 0] = True
+  temporal = [
+    sampler.chunk_temporal(model.config, SAMPLING, f, s)
+    for f, s in zip(frames, np.cumsum(cut, axis=0), strict=True)
+  ]
+  chunk = sampler.ChunkInputs(
+    noise=normal(*shape),
+    text=normal(count, B, 5, model.config.text_dim, seed=1),
+    negative=None,
+    frames=frames,
+    temporal=jax.tree.map(lambda *a: np.stack(a), *temporal),
+    cut=cut,
+    known=known,
+    given=normal(*shape, seed=2),
+  )
+  trains = self_forcing.trains(frames, settings)
+  return self_forcing.RolloutChunks(
+    chunk, np.int32(exits), normal(*shape, seed=3), trains
+  )
+
+
+def _cache(model):
+  return sampler.init_cache(model, SAMPLING, B, Y, Y)
+
+
+def _unrolled(model, settings, exits):
+  """The same, chunk by chunk and pass by pass, for plain differentiation."""
+  chunks, cache, pieces = _chunks(model, exits, settings), _cache(model), []
+  table = schedule.solver_table("unipc", SAMPLING.steps, SAMPLING.shift)
+  features = dit.time_features(
+    np.append(table.timesteps, settings.context_noise), model.config.freq_dim
+  )
+  frozen = jax.lax.stop_gradient(model)
+  for i, last in enumerate(exits):
+    one = jax.tree.map(lambda a, i=i: a[i], chunks)
+    chunk = one.chunk
+    placement = kv_cache.place(cache, chunk.frames)
+
+    def run(model, cache, x, row, chunk=chunk, placement=placement):
+      clean = dit.time_features(np.zeros(()), model.config.freq_dim)
+      time = np.where(chunk.known[:, :, None], clean, features[row])
+      x = jnp.where(chunk.known[:, :, None, None, None], chunk.given, x)
+      velocity, kept = sampler.cached_forward(
+        model, cache, placement, x, time, model.embed_text(chunk.text[:, None]),
+        chunk.temporal, keep=True,
+      )  # fmt: skip
+      return x, velocity, kept
+
+    state = schedule.solver_init(chunk.noise)
+    for step in range(last):
+      x, velocity, _ = run(frozen, jax.lax.stop_gradient(cache), state.x, step)
+      row = jax.tree.map(lambda a, i=step: a[i], table.rows)
+      state = schedule.solver_step(row, dataclasses.replace(state, x=x), velocity)
+    attended = cache if settings.through_cache else jax.lax.stop_gradient(cache)
+    network = model if one.trains else frozen
+    if not one.trains:
+      attended = jax.lax.stop_gradient(cache)
+    x, velocity, slopes = run(network, attended, jax.lax.stop_gradient(state.x), last)
+    latents = x - table.timesteps[last] / 1000 * velocity
+    held = chunk.known[:, :, None, None, None]
+    latents = jnp.where(held, chunk.given, latents)
+    level = settings.context_noise / 1000
+    noisy = (1 - level) * latents + level * one.context_noise
+    _, _, kept = jax.lax.stop_gradient(
+      run(frozen, jax.lax.stop_gradient(cache), jax.lax.stop_gradient(noisy), -1)
+    )
+    if settings.through_cache:
+      kept = jax.tree.map(
+        lambda k, s: k + s - jax.lax.stop_gradient(s), kept, slopes
+      )
+    cache = kv_cache.commit(cache, placement, *kept)
+    cache = kv_cache.pin(cache, chunk.frames, chunk.cut)
+    pieces.append(latents)
+  return jnp.stack(pieces), cache
+
+
+def _loss(latents):
+  return jnp.mean(latents * normal(*latents.shape, seed=5)) + jnp.mean(latents**2)
+
+
+@pytest.mark.parametrize("through_cache", [False, True])
+@pytest.mark.parametrize("gradient_frames", [-1, 4])
+def test_rollout_and_its_gradient(model, through_cache, gradient_frames):
+  settings = self_forcing.RolloutSettings(
+    SAMPLING, gradient_frames, context_noise=50.0, through_cache=through_cache
+  )
+  exits = (1, 0, 2, 1)
+
+  def loss(model):
+    latents, cache = self_forcing.rollout(
+      model, _cache(model), _chunks(model, exits, settings), settings
+    )
+    return _loss(latents), (latents, cache)
+
+  def wanted(model):
+    latents, cache = _unrolled(model, settings, exits)
+    return _loss(latents), (latents, cache)
+
+  (_, (latents, cache)), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+  (_, (pieces, last)), want = jax.jit(jax.value_and_grad(wanted, has_aux=True))(model)
+  np.testing.assert_allclose(latents, pieces, atol=1e-4)
+  np.testing.assert_array_equal(cache.frame, last.frame)
+  np.testing.assert_allclose(cache.k, last.k, atol=1e-4)
+
+  def compare(a, b):
+    np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(np.abs(b).max())))
+
+  jax.tree.map(compare, found, want)
+  assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found)) > 1e-3
+
+
+def test_the_conventions_differ_and_share_their_numbers(model):
+  def gradient(through_cache):
+    settings = dataclasses.replace(PLAIN, through_cache=through_cache)
+
+    def loss(model):
+      latents, _ = self_forcing.rollout(
+        model, _cache(model), _chunks(model), settings
+      )
+      return _loss(latents), latents
+
+    (_, latents), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+    return latents, found.blocks.self_attn.v.bias[...]
+
+  (a, detached), (b, through) = gradient(False), gradient(True)
+  np.testing.assert_allclose(a, b, atol=1e-5)
+  assert np.abs(detached - through).max() > 0.01 * np.abs(detached).max()
+
+
+def test_memory_of_the_detached_backward_pass_does_not_grow(model):
+  def temporary(count, through_cache):
+    settings = dataclasses.replace(PLAIN, through_cache=through_cache)
+    chunks = _chunks(model, (0,) * count)
+
+    def loss(model):
+      return _loss(self_forcing.rollout(model, _cache(model), chunks, settings)[0])
+
+    compiled = jax.jit(jax.grad(loss)).lower(model).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  cache = sum(leaf.nbytes for leaf in jax.tree.leaves(_cache(model)))
+  latents = 4 * B * N * Y * Y * model.config.in_channels
+  # Twelve chunks more: their latents, noise and so on, but not a cache each.
+  assert temporary(16, False) - temporary(4, False) < 12 * 6 * latents
+  assert temporary(16, True) - temporary(4, True) > 12 * 0.9 * cache
+
+
+def test_which_chunks_train():
+  frames = np.arange(12).reshape(6, 1, 2)
+  for count, want in ((-1, 6), (0, 0), (4, 2), (5, 2), (100, 6)):
+    settings = dataclasses.replace(PLAIN, gradient_frames=count)
+    found = self_forcing.trains(frames, settings)
+    assert found.sum() == want and found[6 - want :].all()
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"sampling": dataclasses.replace(SAMPLING, guidance=2.0)}, "guidance=2.0 must be"),
+    ({"sampling": dataclasses.replace(SAMPLING, clean_recache=True)}, "clean_recache"),
+    (
+      {
+        "sampling": dataclasses.replace(SAMPLING, kv_format="nvfp4"),
+        "through_cache": True,
+      },
+      "through_cache=True has no derivative through kv_format='nvfp4'",
+    ),
+    ({"context_noise": 1000}, "context_noise=1000 must be a timestep"),
+  ],
+)
+def test_bad_settings(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(PLAIN, **changes)

@@ -1,0 +1,282 @@
+"""The stages of a chunk, each by itself at its real shapes, and the machine's rates.
+
+A stage is built of the network's own modules and jitted alone. What it is held against
+is its floor: its operations over the rate of a large matrix product, or its least bytes
+over the bandwidth of a copy, whichever takes longer, both measured in the same run.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.generate import sampler
+from longlive_jax.generate.sampler import Sampling
+from longlive_jax.layers import attention, kv_cache, kv_slots, rope
+from longlive_jax.layers.norm import layer_norm
+from longlive_jax.models import dit, vae
+from longlive_jax.parallel import costs
+from longlive_jax.parallel.hardware import Hardware
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A stage to run.
+
+  Attributes:
+    name: of the stage in parallel/costs.py.
+    function: of the arguments.
+    arguments: pytrees of arrays.
+    carries: the function returns (first argument for the next call, rest), and the
+      first argument's memory is reused, as generating does with caches and states.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  arguments: tuple[Any, ...]
+  carries: bool = False
+
+
+def seconds(case: Case, rounds: int = 5, budget: float = 0.05) -> float:
+  """Of one call: the median of several rounds of calls that are queued together."""
+  (first, *rest), shape = _split(case.arguments)
+
+  def function(first: list[Array], *leaves: Array) -> Any:
+    # Flat: flattening modules for every call would take the host longer than the call.
+    out = case.function(*jax.tree.unflatten(shape, [*first, *leaves]))
+    return (jax.tree.leaves(out[0]), out[1]) if case.carries else out
+
+  program = jax.jit(function, donate_argnums=0 if case.carries else ())
+
+  def run(first: list[Array], calls: int) -> tuple[list[Array], float]:
+    began = time.perf_counter()
+    for _ in range(calls):
+      out = program(first, *rest)
+      first = out[0] if case.carries else first
+    jax.block_until_ready(out)
+    return first, (time.perf_counter() - began) / calls
+
+  if case.carries:
+    first = [jnp.copy(leaf) for leaf in first]  # the caller's stays
+  first, _ = run(first, 1)  # compiles
+  first, once = run(first, 1)
+  times = []
+  for _ in range(rounds):
+    first, each = run(first, int(np.clip(budget / once, 1, 50)))
+    times.append(each)
+  return float(np.median(times))
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:
+  """Leaves, those of the first argument as one list, and the structure of all."""
+  first, leaves = jax.tree.leaves(arguments[0]), jax.tree.leaves(arguments[1:])
+  return [first, *leaves], jax.tree.structure(arguments)
+
+
+# ------------------------------------------------------------------ stages
+def stage_inputs(
+  model: dit.CausalDiT, sampling: Sampling, y: int, x: int
+) -> dict[str, Any]:
+  """What the stages of one video read, with a full window; of blocks: the first one."""
+  c, p = model.config, model.config.tokens_per_frame(y, x)
+  f, w = sampling.frames_per_chunk, sampling.window_frames
+  # rbg: threefry compiles for seconds on a CPU, and again for every shape.
+  keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 16))
+
+  def numbers(*shape: int) -> Array:
+    return jax.random.normal(next(keys), shape, model.dtype)
+
+  positions = np.arange(w, w + f, dtype=np.int32)[None]
+  text = numbers(1, 1, c.text_len, c.text_dim)
+  cache = sampler.init_cache(model, sampling, 1, y, x)
+  cache = dataclasses.replace(cache, frame=jnp.arange(w, dtype=jnp.int32)[None])
+
+  def first(stacked: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], stacked)
+
+  return {
+    "block": first(dit.block_runs(model)[0]),
+    "latents": numbers(1, f, y, x, c.in_channels),
+    "time": numbers(1, f, c.freq_dim),
+    "h": numbers(1, f, p, c.dim),
+    "e": numbers(1, f, c.dim),
+    "rows": numbers(3, 1, f, 1, c.dim),  # scale, shift and gate
+    "projected": numbers(1, f * p, c.dim),
+    "q": numbers(1, f * p, c.heads, c.head_dim),
+    "k": numbers(1, f, p, c.heads, c.head_dim),
+    "window": numbers(1, w * p, c.heads, c.head_dim),
+    "text": text,
+    "text_keys": first(model.text_keys(model.embed_text(text))),
+    "rotation": model.rotation(rope.temporal_rotation(positions, c.head_dim), y, x),
+    "cache": cache,
+    "layer": first((cache.k, cache.v)),
+    "placement": kv_cache.place(cache, jnp.asarray(positions)),
+  }
+
+
+def transformer_cases(
+  model: dit.CausalDiT, inputs: Mapping[str, Any]
+) -> Iterator[Case]:
+  """Every stage of the transformer.
+
+  Args:
+    inputs: of `stage_inputs`; of shapes, if nothing is to be run.
+  """
+  c = model.config
+
+  def case(name: str, function: Callable[..., Any], *names: str, carries=False) -> Case:
+    given = {**inputs, "model": model}
+    return Case(name, function, tuple(given[name] for name in names), carries)
+
+  def modulated(h: Array, rows: Array) -> Array:
+    return layer_norm(h, c.eps) * (1 + rows[0]) + rows[1]
+
+  def embed(model, latents):
+    return model.patch_embedding(dit.patchify(latents, c.patch))
+
+  def project(block, h, rows):
+    h, own = modulated(h, rows), block.self_attn
+    return own.q(h), own.k(h), own.v(h)
+
+  def norm_rope(block, q, k, rotation):
+    own, heads = block.self_attn, (*q.shape[:2], c.heads, c.head_dim)
+    both = own.norm_q(q).reshape(heads), own.norm_k(k).reshape(heads)
+    return [rope.rotate(each, rotation) for each in both]
+
+  def output(block, h, q, rows):
+    return h + rows[2] * block.self_attn.output(q).reshape(h.shape)
+
+  def attend_text(block, h, keys):
+    return h + block.attend_text(block.norm3(h), keys)
+
+  def feed(block, h, rows):
+    return h + rows[2] * block.ffn(modulated(h, rows))
+
+  def write(cache, placement, k, v):
+    def encode(layer):
+      return kv_slots.encode(layer[0], k), kv_slots.encode(layer[1], v)
+
+    encoded = jax.lax.map(encode, (cache.k, cache.v))
+    return kv_cache.commit(cache, placement, *encoded), ()
+
+  yield case("patch_embedding", embed, "model", "latents")
+  yield case("time", lambda model, time: model.embed_time(time), "model", "time")
+  yield case("qkv", project, "block", "h", "rows")
+  yield case("norm_rope", norm_rope, "block", "projected", "projected", "rotation")
+  yield case("cache_read", kv_cache.attended, "placement", "layer", "k", "k")
+  yield case("attention", attention.attention, "q", "window", "window")
+  yield case("output", output, "block", "h", "q", "rows")
+  yield case("cross_attention", attend_text, "block", "h", "text_keys")
+  yield case("ffn", feed, "block", "h", "rows")
+  yield case("head", lambda model, h, e: model.head(h, e), "model", "h", "e")
+  yield case(
+    "text", lambda model, t: model.text_keys(model.embed_text(t)), "model", "text"
+  )
+  yield case("cache_write", write, "cache", "placement", "k", "k", carries=True)
+
+
+def decode_case(video_vae: vae.VideoVAE, frames: int, y: int, x: int) -> Case:
+  """Decoding `frames` latent frames of one video, to uint8."""
+
+  def decode(state, video_vae, latents):
+    pixels, _, state = vae.decode_chunk(video_vae, state, latents)
+    return state, vae.to_uint8(pixels)
+
+  shape = (1, frames, y, x, video_vae.config.z_dim)
+  latents = jax.random.normal(jax.random.key(1), shape)
+  state = vae.init_decoder_state(video_vae, 1, y, x)
+  return Case("vae", decode, (state, video_vae, latents), carries=True)
+
+
+# ------------------------------------------------------------------ rates
+def measured(hardware: Hardware, config: dit.WanConfig, tokens: int, dtype) -> Hardware:
+  """The same device with rates of this run.
+
+  Of a product with the first layer of the FFN, a 3x3 convolution of 256 channels, a
+  copy as large as the product's output, and a copy of that to the host; all of them
+  large enough to be a rate. Rates in fewer bits keep their ratio to the product's.
+  """
+  rows, d_in, d_out = (max(512, n) for n in (tokens, config.dim, config.ffn_dim))
+
+  def numbers(*shape: int) -> Array:
+    return jax.random.normal(jax.random.key(2), shape, dtype)
+
+  x, weight, hidden = numbers(rows, d_in), numbers(d_out, d_in), numbers(rows, d_out)
+  product = Case("matrix", lambda x, weight: x @ weight.T, (x, weight))
+  matrix = 2 * rows * d_in * d_out / seconds(product)
+  channels, side = 256, max(16, int((hidden.size / 256) ** 0.5))
+  convolution = Case(
+    "convolution",
+    lambda x, kernel: jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "OHWI", "NHWC")
+    ),
+    (numbers(1, side, side, channels), numbers(channels, 3, 3, channels)),
+  )
+  convolutions = 2 * side**2 * channels**2 * 9 / seconds(convolution)
+  # Not jnp.copy, which need not read; a sign costs nothing.
+  copy = 2 * hidden.nbytes / seconds(Case("copy", jnp.negative, (hidden,)))
+  times = []
+  for turn in range(3):
+    fresh = jax.block_until_ready(hidden + turn)  # a host copy is kept with its array
+    began = time.perf_counter()
+    np.asarray(fresh)
+    times.append(time.perf_counter() - began)
+  return dataclasses.replace(
+    hardware,
+    source="measured by tools/bench_generate.py; links as before",
+    matrix=matrix,
+    matrix_fp8=matrix * hardware.matrix_fp8 / hardware.matrix,
+    matrix_fp4=matrix * hardware.matrix_fp4 / hardware.matrix,
+    convolution=convolutions,
+    copy=copy,
+    host=hidden.nbytes / float(np.median(times)),
+  )
+
+
+def stage_table(
+  cases: Iterable[Case], stages: dict[str, costs.Stage], hardware: Hardware
+) -> dict[str, dict[str, float]]:
+  """Milliseconds of every stage, by itself and in a chunk, beside its floor."""
+  table = {}
+  for case in cases:
+    stage, ms = stages[case.name], 1e3 * seconds(case)
+    by_operations, by_bytes = stage.flops / hardware.matrix, stage.bytes / hardware.copy
+    table[case.name] = {
+      "calls": stage.calls,
+      "ms": ms,
+      "floor_ms": 1e3 * max(by_operations, by_bytes),
+      "chunk_ms": stage.calls * ms,
+      "flops": stage.flops,
+      "bytes": stage.bytes,
+    }
+  return table
+
+
+def shares(
+  hardware: Hardware,
+  stages: dict[str, costs.Stage],
+  table: dict[str, dict[str, float]],
+  denoise_ms: float,
+  decode_ms: float | None,
+) -> Hardware:
+  """The hardware with the rate of attention and the shares of whole chunks.
+
+  Args:
+    table: of `stage_table`.
+    denoise_ms, decode_ms: of a chunk; None without a decoder.
+  """
+  attention = stages["attention"].flops / (1e-3 * table["attention"]["ms"])
+  hardware = dataclasses.replace(hardware, attention=attention)
+
+  def share(names: Iterable[str], ms: float) -> float:
+    return 1e3 * sum(stages[n].calls * hardware.floor(stages[n]) for n in names) / ms
+
+  denoise = share([name for name in stages if name != "vae"], denoise_ms)
+  decode = share(["vae"], decode_ms) if decode_ms else hardware.decode_share
+  return dataclasses.replace(hardware, denoise_share=denoise, decode_share=decode)
