@@ -95,9 +95,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # `guidance_devices` = 2, one with and one without prompt, times `sequence_devices`,
   # which share the tokens of a video and must divide the transformer's heads; keys and
   # values go between them as numbers in `exchange_format`: '', 'fp8' or 'nvfp4'.
-  # `decode_frames` are decoded at a time: more is faster, less needs less memory. `plan`
-  # fills in what is not set: layout, and fewer bits if nothing else fits; 'off', or
-  # 'auto' with the rates of a machine as tools/bench_generate.py --out=FILE measured
+  # `decode_frames` are decoded at a time: more is faster, less needs less memory.
+  # `plan` fills in what is not set: layout, and fewer bits if nothing else fits; 'off',
+  # or 'auto' with the rates of a machine as tools/bench_generate.py --out=FILE measured
   # them: FILE.
   config.i2v = False
   config.seed = 0

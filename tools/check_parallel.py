@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import platform
 import sys
 import time
@@ -58,7 +57,7 @@ Case = Mapping[str, Any]
 def use_fake_devices(count: int) -> None:
   """CPU devices of this process; JAX must not have started yet."""
   # A program runs four times: the time to make it fast would not come back.
-  os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+  jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", count)
 

@@ -12,7 +12,6 @@ program for every chunk, whatever its prompt, its shot and the length of the vid
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
