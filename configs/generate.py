@@ -91,14 +91,21 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.guidance = 2.0
   config.negative_prompt = ""
 
-  # The run. `devices` share the videos of a batch; `decode_frames` are decoded at a
-  # time: more is faster, less needs less memory. `plan` fills in what is not set:
-  # layout, and fewer bits if nothing else fits; 'off', or 'auto' with the rates of a
-  # machine as tools/bench_generate.py --out=FILE measured them: FILE.
+  # The run. `devices` share the videos of a batch. Each may be a group: of
+  # `guidance_devices` = 2, one with and one without prompt, times `sequence_devices`,
+  # which share the tokens of a video and must divide the transformer's heads; keys and
+  # values go between them as numbers in `exchange_format`: '', 'fp8' or 'nvfp4'.
+  # `decode_frames` are decoded at a time: more is faster, less needs less memory.
+  # `plan` fills in what is not set: layout, and fewer bits if nothing else fits; 'off',
+  # or 'auto' with the rates of a machine as tools/bench_generate.py --out=FILE measured
+  # them: FILE.
   config.i2v = False
   config.seed = 0
   config.plan = "auto"
   config.devices = 1
+  config.guidance_devices = 1
+  config.sequence_devices = 1
+  config.exchange_format = ""
   config.decode_frames = 8
   config.cache_dir = "~/.cache/longlive_jax/text"
   config.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept

@@ -17,6 +17,8 @@ device, speed, bytes by precision) to the output folder. Others:
   ... --save_state DIR --save_every 4         then --resume DIR, --rewind_to 8
   ... --config configs/generate.py:ti2v-5b --config.weights=DIR --config.steps=4
   ... --config configs/generate.py:toy,nvfp4,kv=nvfp4     4-bit weights, 4-bit cache
+  ... --config.sequence_devices=4             four GPUs share each video
+  ... --distributed=HOST:PORT,0,2             process 0 of 2, each with its own GPUs
   ... --mode bidirectional                    one clip by the plain base model
 
 Ctrl-C ends after the chunk under way; the MP4 plays and the state can be resumed.
@@ -40,6 +42,7 @@ from ml_collections import config_flags
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import (
   networks,
+  on_mesh,
   planning,
   recorder,
   report,
@@ -105,6 +108,9 @@ def define_flags() -> None:
   )
   flags.DEFINE_string("resume", None, "Folder of saved states to go on from.")
   flags.DEFINE_integer("rewind_to", None, "Chunk to resume at; default the last saved.")
+  flags.DEFINE_string(
+    "distributed", "", "'auto' or HOST:PORT,PROCESS,PROCESSES, on several hosts."
+  )
 
 
 def run(
@@ -154,11 +160,9 @@ def run(
         f"continue_from={options.continue_from} holds {len(given)} videos for "
         f"{board.batch} storyboards; give one, or as many"
       )
-  if not 1 <= config.devices <= jax.device_count() or board.batch % config.devices:
-    raise ValueError(
-      f"devices={config.devices} must divide the {board.batch} videos and be at most "
-      f"the {jax.device_count()} that exist"
-    )
+  mesh = find_mesh(config, sources, board.batch)
+  if mesh is not None:
+    asked = {*asked, "devices"}  # the planner leaves the others to whoever set some
   planned = None
   if options.mode == "stream":
     resumed = snapshot is not None
@@ -168,6 +172,7 @@ def run(
   if planned is not None and planned.changes:
     config = ml_collections.ConfigDict({**config, **planned.changes})
     sampling, sources = find_networks(config)
+    mesh = find_mesh(config, sources, board.batch)
   output = request.check_folder(options.output)
   check_overwrites(options, output, snapshot)
   if options.save_state:
@@ -209,7 +214,6 @@ def run(
     y=y,
     x=x,
   )
-  mesh = meshes.data_mesh(config.devices) if config.devices > 1 else None
   # What is compiled needs no weights: they are read in the meantime.
   parts = [networks.abstract(part, config.dtype) for part in (sources.dit, sources.vae)]
   empty = jax.eval_shape(lambda: init_state(*parts))
@@ -234,7 +238,8 @@ def run(
   print(memory_line(memory), file=sys.stderr)
 
   # ------------------------------------------------------------------ generate
-  record = recorder.Recorder(output, board.batch, config.fps)
+  writes = jax.process_index() == 0
+  record = recorder.Recorder(output, board.batch if writes else 0, config.fps)
   about = {"config": config.to_dict(), "storyboard": board.record()}
   about["planned"] = list(planned.changes) if planned else []
   stop = StopRequest()
@@ -246,15 +251,13 @@ def run(
       watch.frames(frames.shape[0] * frames.shape[1])
     else:
       if snapshot is None:
-        state = init_state(model, video_vae)
+        state = streams.shard_state(init_state(model, video_vae), mesh)
       else:
-        state = store.load(snapshot, empty)
+        state = store.load(snapshot, streams.shard_state(empty, mesh))
         first_chunk = done = int(state.chunk)
-        if left := snapshots.unwritten(snapshot):
+        if writes and (left := snapshots.unwritten(snapshot)):
           record.add(left)
-      if mesh is not None:
-        state = streams.shard_state(state, mesh)
-        model, video_vae = meshes.replicate((model, video_vae), mesh)
+      model, video_vae = meshes.replicate((model, video_vae), mesh)
       bar = report.ProgressBar(story.chunks, "chunks")
 
       def keep(chunks_done: int, new: streams.StreamState) -> None:
@@ -277,10 +280,10 @@ def run(
           image=image,
           given=given,
           **decoding,
-          should_stop=lambda: bool(stop),
+          should_stop=lambda: meshes.any_process(bool(stop)),
           on_state=keep,
         ):
-          record.add(chunk.frames, story.shot[chunk.index or 0])
+          record.add(chunk.frames if writes else (), story.shot[chunk.index or 0])
           watch.frames(chunk.frames.shape[0] * chunk.frames.shape[1])
           if record.failure is not None and not stop:
             stop.reason = str(record.failure)
@@ -312,6 +315,8 @@ def run(
     "videos": [str(path) for path in record.paths],
     "state": saved and str(saved),
   }
+  if not writes:
+    return result
   try:
     record.sheet.save(output / "shots.png")
   except (OSError, ValueError) as failed:  # a full disk, or no frame at all
@@ -330,6 +335,20 @@ def find_networks(
   sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
   choice = networks.Choice(**networks.pick(networks.Choice, config))
   return sampling, networks.find_all(choice)
+
+
+def find_mesh(
+  config: ml_collections.ConfigDict, sources: networks.Sources, batch: int
+) -> jax.sharding.Mesh | None:
+  """The devices that share the work; raises ValueError where they cannot."""
+  return on_mesh.mesh_for(
+    devices=config.devices,
+    guidance_devices=config.guidance_devices,
+    sequence_devices=config.sequence_devices,
+    batch=batch,
+    heads=sources.dit.config.heads,
+    guidance=config.guidance,
+  )
 
 
 def memory_line(memory: Mapping[str, Mapping[str, int]]) -> str:
@@ -418,6 +437,11 @@ def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
     raise ValueError(
       "continue_from needs config.independent_first_frame=False: whole chunks"
     )
+  if options.save_state and jax.process_count() > 1:
+    raise ValueError(
+      f"save_state={options.save_state} needs a run of one process, not of "
+      f"{jax.process_count()}; leave it out"
+    )
   if config.decode_frames < 1:
     raise ValueError(
       f"decode_frames={config.decode_frames} must be at least 1; use 1 for the least "
@@ -503,6 +527,7 @@ def main(argv: list[str]) -> None:
   values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)}
   config = _CONFIG.value
   try:
+    meshes.initialize(flags.FLAGS.distributed)
     values["durations"] = parse_durations(values["durations"])
     options = expand_paths(Options(**{**values, "prompt": tuple(values["prompt"])}))
     asked = overrides(flags.FLAGS["config"])

@@ -44,15 +44,14 @@ story = streaming.Story(
 
 
 def video(devices):
-  mesh = meshes.data_mesh(devices) if devices > 1 else None
-  networks, story_state = (model, video_vae), streaming.init_state(
+  mesh = meshes.generation_mesh(devices)
+  networks = meshes.replicate((model, video_vae), mesh)
+  state = streaming.init_state(
     model, video_vae, sampling, key=jax.random.key(0), samples=range(4), y=2, x=2
   )
-  if mesh:
-    networks = meshes.replicate(networks, mesh)
-    story_state = streaming.shard_state(story_state, mesh)
+  state = streaming.shard_state(state, mesh)
   latents, frames = [], []
-  for chunk in streaming.stream(*networks, story_state, story, sampling, mesh=mesh):
+  for chunk in streaming.stream(*networks, state, story, sampling, mesh=mesh):
     assert len(chunk.latents.sharding.device_set) == devices
     latents.append(np.asarray(chunk.latents))
     frames.append(chunk.frames)
@@ -67,7 +66,7 @@ def refusal(work):
 
 
 one, four = video(1), video(4)
-mesh = meshes.data_mesh(4)
+mesh = meshes.generation_mesh(4)
 print(json.dumps({
   "devices": jax.device_count(),
   "shape": one[1].shape,
@@ -75,7 +74,6 @@ print(json.dumps({
   "frames": np.bincount(np.abs(one[1].astype(int) - four[1]).ravel()).tolist(),
   "std": float(one[1].std()),
   "programs": streaming.compiled_programs(),
-  "default": meshes.data_mesh().size,
   "batch": refusal(lambda: meshes.shard_batch(np.zeros((6, 4)), mesh)),
   "axis": refusal(lambda: meshes.shard_batch(np.zeros((4, 6)), mesh, axis=1)),
   "shards": [s.data.shape for s in
@@ -98,7 +96,7 @@ def found() -> dict:
 
 
 def test_four_devices_give_the_video_of_one(found):
-  assert found["devices"] == found["default"] == 4
+  assert found["devices"] == 4
   assert found["shape"] == [4, 15, 8, 8, 3] and found["std"] > 20
   assert found["latents"] < 1e-5
   # Number of bytes by difference: a value at .5 may round to either side, no more.
@@ -122,12 +120,17 @@ def test_batches_that_do_not_divide(found):
 
 @pytest.mark.parametrize("devices", [0, 1000])
 def test_devices_that_do_not_exist(devices):
-  with pytest.raises(ValueError, match=f"devices={devices} must be between 1 and the"):
-    meshes.data_mesh(devices)
+  with pytest.raises(ValueError, match=f"devices={devices} x .* must be between 1"):
+    meshes.generation_mesh(devices)
 
 
-def test_one_device_is_a_mesh_too():
-  mesh = meshes.data_mesh(1)
-  assert mesh.size == 1
-  whole = meshes.shard_batch({"a": np.arange(6).reshape(3, 2)}, mesh)
-  np.testing.assert_array_equal(whole["a"], np.arange(6).reshape(3, 2))
+def test_a_single_device_needs_no_mesh():
+  assert meshes.generation_mesh(1) is None
+  tree = {"a": np.arange(6).reshape(3, 2)}
+  assert meshes.shard_batch(tree, None) is meshes.replicate(tree, None) is tree
+
+
+@pytest.mark.parametrize("spec", ["10.0.0.1:1234", "10.0.0.1:1234,0,two", "yes"])
+def test_processes_that_are_described_wrongly(spec):
+  with pytest.raises(ValueError, match=r"distributed=.* must be 'auto' or HOST:PORT"):
+    meshes.initialize(spec)

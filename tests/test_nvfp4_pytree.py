@@ -89,7 +89,7 @@ from longlive_jax.quant import nvfp4
 from longlive_jax.quant.weights import W4A4
 
 P = jax.P
-mesh = meshes.data_mesh(4)
+mesh = meshes.generation_mesh(4)
 rng = np.random.default_rng(0)
 x, weight = (rng.standard_normal(s).astype(np.float32) for s in ((8, 5, 32), (16, 32)))
 quantise = jax.jit(nvfp4.quantise, static_argnames="batch_axes")

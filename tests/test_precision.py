@@ -13,7 +13,7 @@ from random_weights import fill
 from configs.generate import get_config
 from launch import generate
 from longlive_jax.checkpoint import quantised, store
-from longlive_jax.generate import networks, precision, resuming, sampler
+from longlive_jax.generate import networks, precision, resuming, step_models
 from longlive_jax.generate.precision import Precision
 from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, weights
@@ -58,7 +58,7 @@ def test_by_layer_the_edges_stay_plain(model):
 
 def test_by_step_both_are_kept(model):
   found = precision.apply(model, Precision("w4a16", plain_steps=(0, -1)), 4)
-  assert isinstance(found, sampler.StepModels) and found.choice == (0, 1, 1, 0, 1)
+  assert isinstance(found, step_models.StepModels) and found.choice == (0, 1, 1, 0, 1)
   plain, packed = found.models
   assert plain is model
   value = packed.blocks.cross_attn.k.weight.get_value()

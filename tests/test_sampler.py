@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from random_weights import normal, random_dit
 
-from longlive_jax.generate import sampler
+from longlive_jax.generate import sampler, step_models
 from longlive_jax.generate.sampler import ChunkInputs, Sampling
 from longlive_jax.models import dit
 
@@ -189,7 +189,7 @@ def test_every_pass_of_a_chunk_may_have_its_own_weights(model):
   inputs = chunk(sampling, 0, [0, 1])
 
   def go(choice):
-    models = sampler.StepModels((model, other), choice)
+    models = step_models.StepModels((model, other), choice)
     latents, cache = run(models, sampling, [inputs])
     return latents[0], np.asarray(cache.k)
 

@@ -93,7 +93,11 @@ def compiling() -> Iterator[list[str]]:
 def test_the_stream_finds_its_steps_compiled(devices):
   # A shift that is nobody else's: programs of other tests do not count.
   sampling = dataclasses.replace(SAMPLING, shift=4.5)
-  mesh = meshes.data_mesh(devices) if devices else None
+  mesh = None
+  if devices:
+    axes = (meshes.DATA, meshes.BRANCH, meshes.SEQUENCE)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((devices, 1, 1), axes, axis_types=auto)
   if mesh is None:  # two chunk lengths, and two rows a video
     sampling = dataclasses.replace(sampling, guidance=2.0, independent_first_frame=True)
   story = streaming.Story(

@@ -134,12 +134,12 @@ class AgedSlots:
 
 
 @kv_slots.encode.register
-def _(slots: AgedSlots, x: jax.Array) -> AgedSlots:
+def _(slots: AgedSlots, x: jax.Array, mesh_axes: Sequence[str] = ()) -> AgedSlots:
   stamp = jnp.max(slots.stamp, axis=1, keepdims=True) + 1
   return dataclasses.replace(
     slots,
     plain=x.astype(slots.plain.dtype),
-    packed=kv_slots.encode(slots.packed, x),
+    packed=kv_slots.encode(slots.packed, x, mesh_axes),
     stamp=jnp.broadcast_to(stamp, x.shape[:2]),
   )
 

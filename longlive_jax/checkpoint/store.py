@@ -378,7 +378,7 @@ def _request(leaf: Any, dtype: Any) -> Any:
   # Never the stored sharding: it names devices of the machine that saved.
   sharding = getattr(leaf, "sharding", None)
   if sharding is None or _is_key(leaf):
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(_shape(leaf), of, sharding=sharding)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.checkpoint import store
-from longlive_jax.generate.sampler import Model, StepModels
+from longlive_jax.generate.step_models import Model, StepModels
 from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, weights
 

@@ -20,8 +20,11 @@ import numpy as np
 from jax import lax
 
 from longlive_jax.generate import schedule
+from longlive_jax.generate.step_models import Model, choice_of, models_of
 from longlive_jax.layers import attention, kv_cache, kv_slots, rope
 from longlive_jax.models import dit
+from longlive_jax.parallel import sequence
+from longlive_jax.parallel.sequence import SINGLE, Layout
 
 Array = jax.Array
 
@@ -49,6 +52,9 @@ class Sampling:
     kv_format, kv_smoothing, kv_rule: what the cache stores, see layers/kv_slots.py.
     reference: the reference's eviction of pinned frames and one tensor scale a chunk
       in an NVFP4 cache, for parity only.
+    exchange_format: what keys and values of a chunk become before they are attended
+      and stored, so that devices that share a video exchange fewer bits; '' leaves
+      them, else 'fp8' or 'nvfp4'.
   """
 
   frames_per_chunk: int = 8
@@ -68,6 +74,7 @@ class Sampling:
   kv_smoothing: str = "token_mean"
   kv_rule: str = "mse"
   reference: bool = False
+  exchange_format: str = ""
 
   def __post_init__(self):
     n = self.frames_per_chunk
@@ -95,6 +102,7 @@ class Sampling:
       raise ValueError(f"guidance={self.guidance} must be a number; 1 turns it off")
     schedule.solver_table(self.solver, self.steps, self.shift)  # checks all three
     kv_slots.KVFormat(self.kv_format, self.kv_smoothing, self.kv_rule)  # and these
+    sequence.check_format(self.exchange_format)
 
   @property
   def global_sink_frames(self) -> int:
@@ -153,48 +161,6 @@ class ChunkInputs:
   given: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepModels:
-  """The transformer with other weights in some passes of a chunk: precision by step.
-
-  It stands where a CausalDiT stands in the functions below.
-
-  Attributes:
-    models: transformers that differ in the number format of their weights only.
-    choice: static, which of them each solver step uses and, last, the clean pass.
-  """
-
-  models: tuple[dit.CausalDiT, ...]
-  choice: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-  @property
-  def config(self) -> dit.WanConfig:
-    return self.models[0].config
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    return self.models[0].dtype
-
-
-Model = dit.CausalDiT | StepModels
-
-
-def _models(model: Model) -> tuple[dit.CausalDiT, ...]:
-  return model.models if isinstance(model, StepModels) else (model,)
-
-
-def _choice(model: Model, steps: int) -> tuple[int, ...]:
-  """Which of the models each solver step uses and, last, the clean pass."""
-  if not isinstance(model, StepModels):
-    return (0,) * (steps + 1)
-  if len(model.choice) != steps + 1:
-    raise ValueError(
-      f"choice={model.choice} must have {steps} solver steps and the clean pass"
-    )
-  return model.choice
-
-
 def init_cache(
   model: Model, sampling: Sampling, batch: int, y: int, x: int
 ) -> kv_cache.KVCache:
@@ -225,6 +191,8 @@ def cached_forward(
   t_scale: float = 1.0,
   keep: bool = False,
   remat: bool = False,
+  layout: Layout = SINGLE,
+  exchange_format: str = "",
 ) -> tuple[Array, tuple[Any, Any] | None]:
   """One forward of a chunk against the cache, which is only read.
 
@@ -236,6 +204,7 @@ def cached_forward(
     t_scale: factor on window positions (relative RoPE).
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
     remat: recompute blocks in the backward pass.
+    layout, exchange_format: see parallel/sequence.py; a cache of this device's heads.
 
   Returns:
     velocity (b, f, y, x, c), and None or (k, v), each (l, b, f, p, n, d) in the type
@@ -274,11 +243,13 @@ def cached_forward(
         return out, None
       # Encoded here, layer by layer: all layers' plain keys would not fit beside the
       # cache that NVFP4 makes small.
-      slots_k, slots_v = layer
-      return out, (kv_slots.encode(slots_k, k), kv_slots.encode(slots_v, v))
+      new = zip(layer, (k, v), strict=True)
+      return out, tuple(kv_slots.encode(slots, a, layout.axes) for slots, a in new)
 
-    layers = (cache.k, cache.v)
-    return model(latents, time, text, attend, layers, remat=remat)
+    own, layers = layout.split(latents, config.patch), (cache.k, cache.v)
+    exchanged = layout.exchanged(attend, f, p, exchange_format)
+    velocity, kept = model(own, time, text, exchanged, layers, remat=remat)
+    return layout.join(velocity, config.patch, y, x), kept
 
   lengths = placement.length * p
   if attention.default_implementation(model.dtype) != "cudnn":
@@ -295,6 +266,8 @@ def clean_pass(
   chunk: ChunkInputs,
   sampling: Sampling,
   text: dit.TextKeys | None = None,
+  *,
+  layout: Layout = SINGLE,
 ) -> kv_cache.KVCache:
   """Writes finished latents (b, f, y, x, c) into the cache, at timestep 0.
 
@@ -303,11 +276,11 @@ def clean_pass(
 
   Args:
     text: keys of the chunk's prompts, if they are known already.
+    layout: see parallel/sequence.py.
   """
-  rows = sampling.branches
-  model = _models(model)[_choice(model, sampling.steps)[-1]]
-  frames = jnp.repeat(chunk.frames, rows, axis=0)
-  cut = jnp.repeat(chunk.cut, rows, axis=0) & sampling.pins
+  rows = functools.partial(_rows, sampling=sampling, layout=layout)
+  model = models_of(model)[choice_of(model, sampling.steps)[-1]]
+  frames, cut = rows(chunk.frames), rows(chunk.cut) & sampling.pins
   if sampling.clean_recache:
     cache = kv_cache.reset(cache, cut)
   placement = kv_cache.place(cache, frames)
@@ -316,12 +289,14 @@ def clean_pass(
     model,
     cache,
     placement,
-    jnp.repeat(latents, rows, axis=0),
+    rows(latents),
     zero,
-    _text(model, chunk) if text is None else text,
-    _repeat(chunk.temporal, rows),
+    _text(model, chunk, layout) if text is None else text,
+    rows(chunk.temporal),
     t_scale=sampling.t_scale,
     keep=True,
+    layout=layout,
+    exchange_format=sampling.exchange_format,
   )
   return kv_cache.pin(kv_cache.commit(cache, placement, k, v), frames, cut)
 
@@ -331,6 +306,7 @@ def denoise_chunk(
   cache: kv_cache.KVCache,
   chunk: ChunkInputs,
   sampling: Sampling,
+  layout: Layout = SINGLE,
 ) -> tuple[Array, kv_cache.KVCache]:
   """Generates one chunk and remembers it.
 
@@ -339,17 +315,19 @@ def denoise_chunk(
     cache: of `batch * sampling.branches` rows.
     chunk: inputs; `noise` decides the chunk's length.
     sampling: static.
+    layout: static, see parallel/sequence.py; the cache is then this device's part.
 
   Returns:
     clean latents float32 (b, f, y, x, c) and the cache with the chunk in it.
   """
-  rows, config = sampling.branches, model.config
+  rows = functools.partial(_rows, sampling=sampling, layout=layout)
+  config = model.config
   table = schedule.solver_table(sampling.solver, sampling.steps, sampling.shift)
   times = dit.time_features(np.append(table.timesteps, 0.0), config.freq_dim)
   known = chunk.known[:, :, None, None, None]
 
-  placement = kv_cache.place(cache, jnp.repeat(chunk.frames, rows, axis=0))
-  temporal = _repeat(chunk.temporal, rows)
+  placement = kv_cache.place(cache, rows(chunk.frames))
+  temporal = rows(chunk.temporal)
 
   def velocity(
     model: dit.CausalDiT, text: dit.TextKeys, latents: Array, features: Array
@@ -360,14 +338,17 @@ def denoise_chunk(
       model,
       cache,
       placement,
-      jnp.repeat(latents, rows, axis=0),
-      jnp.repeat(time, rows, axis=0),
+      rows(latents),
+      rows(time),
       text,
       temporal,
       t_scale=sampling.t_scale,
+      layout=layout,
+      exchange_format=sampling.exchange_format,
     )
-    if rows == 1:
+    if sampling.branches == 1:
       return v
+    v = layout.all_rows(v)
     positive, negative = v[0::2], v[1::2]
     return negative + sampling.guidance * (positive - negative)
 
@@ -380,8 +361,8 @@ def denoise_chunk(
     v = velocity(model, text, state.x, features)
     return schedule.solver_step(solver_row, state, v), None
 
-  choice, models = _choice(model, len(table.timesteps)), _models(model)
-  texts = [_text(each, chunk) for each in models]  # once, not in each pass
+  choice, models = choice_of(model, len(table.timesteps)), models_of(model)
+  texts = [_text(each, chunk, layout) for each in models]  # once, not in each pass
   with jax.named_scope("denoise"):
     state, first = schedule.solver_init(chunk.noise), 0
     for which, group in itertools.groupby(choice[:-1]):
@@ -392,7 +373,8 @@ def denoise_chunk(
     latents = jnp.where(known, chunk.given, state.x)
   with jax.named_scope("clean_pass"):
     text = texts[choice[-1]]
-    return latents, clean_pass(model, cache, latents, chunk, sampling, text)
+    cache = clean_pass(model, cache, latents, chunk, sampling, text, layout=layout)
+    return latents, cache
 
 
 def rollout(
@@ -484,13 +466,17 @@ def chunk_temporal(
   return rope.temporal_rotation(positions, config.head_dim)
 
 
-def _text(model: dit.CausalDiT, chunk: ChunkInputs) -> dit.TextKeys:
-  """Keys of the prompts of all rows, b * branches."""
+def _text(model: dit.CausalDiT, chunk: ChunkInputs, layout: Layout) -> dit.TextKeys:
+  """Keys of the prompts of this device's rows, of b * branches."""
   text = chunk.text[:, None]
   if chunk.negative is not None:
     text = jnp.stack([chunk.text, chunk.negative], axis=1)
-  return model.text_keys(model.embed_text(text.reshape(-1, 1, *text.shape[2:])))
+  text = layout.own_rows(text.reshape(-1, 1, *text.shape[2:]))
+  return model.text_keys(model.embed_text(text))
 
 
-def _repeat(rotation: rope.Rotation, rows: int) -> rope.Rotation:
-  return rope.Rotation(*(jnp.repeat(part, rows, axis=0) for part in rotation))
+def _rows(samples: Any, *, sampling: Sampling, layout: Layout) -> Any:
+  """What this device's rows of the network's batch have of arrays (b, ...)."""
+  return jax.tree.map(
+    lambda a: layout.own_rows(jnp.repeat(a, sampling.branches, axis=0)), samples
+  )

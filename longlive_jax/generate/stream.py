@@ -12,13 +12,13 @@ program for every chunk, whatever its prompt, its shot and the length of the vid
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from longlive_jax.generate import sampler
+from longlive_jax.generate import on_mesh, sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers.kv_cache import KVCache
 from longlive_jax.models import dit, vae
@@ -129,28 +129,27 @@ def init_state(
     latent_shape=(y, x, model.config.in_channels),
   )
   # Committed, as what the steps return is: else the second chunk compiles again.
-  return jax.device_put(state, jax.devices()[0])
+  return jax.device_put(state, jax.local_devices()[0])
 
 
-def shard_state(state: StreamState, mesh: jax.sharding.Mesh) -> StreamState:
-  """Splits the videos of a stream over the devices of a mesh."""
-  cache = dataclasses.replace(
-    meshes.shard_batch(dataclasses.replace(state.cache, k=None, v=None), mesh),
-    k=meshes.shard_batch(state.cache.k, mesh, axis=1),
-    v=meshes.shard_batch(state.cache.v, mesh, axis=1),
-  )
-  whole = (state.key, state.chunk, state.frame, state.finite)
-  key, chunk, frame, finite = meshes.replicate(whole, mesh)
-  return StreamState(
-    cache=cache,
-    decoder=meshes.shard_batch(state.decoder, mesh),
-    key=key,
-    samples=meshes.shard_batch(state.samples, mesh),
-    chunk=chunk,
-    frame=frame,
-    finite=finite,
+def shard_state(state: StreamState, mesh: jax.sharding.Mesh | None) -> StreamState:
+  """Spreads a stream over the devices of `mesh.generation_mesh`.
+
+  Args:
+    state: arrays, or shapes, which get a sharding: what to load a saved state as.
+  """
+  whole, videos = P(), P(meshes.DATA)
+  specs = StreamState(
+    cache=on_mesh.cache_specs(state.cache),
+    decoder=videos,
+    key=whole,
+    samples=videos,
+    chunk=whole,
+    frame=whole,
+    finite=whole,
     latent_shape=state.latent_shape,
   )
+  return meshes.spread(state, specs, mesh)
 
 
 def copy_state(state: StreamState) -> StreamState:
@@ -158,15 +157,15 @@ def copy_state(state: StreamState) -> StreamState:
   return jax.tree.map(jnp.copy, state)
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-def _denoise(model, cache, chunk, sampling):
-  latents, cache = sampler.denoise_chunk(model, cache, chunk, sampling)
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=1)
+def _denoise(model, cache, chunk, sampling, mesh):
+  latents, cache = on_mesh.denoise_chunk(model, cache, chunk, sampling, mesh)
   return latents, jnp.all(jnp.isfinite(latents)), cache
 
 
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
-def _remember(model, cache, latents, chunk, sampling):
-  return sampler.clean_pass(model, cache, latents, chunk, sampling)
+@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=1)
+def _remember(model, cache, latents, chunk, sampling, mesh):
+  return on_mesh.clean_pass(model, cache, latents, chunk, sampling, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
@@ -218,16 +217,18 @@ def compile_ahead(
   """
   if mesh is None:
     everything = (model, video_vae, state)
-    model, video_vae, state = meshes.place(everything, jax.devices()[0])
+    model, video_vae, state = meshes.place(everything, jax.local_devices()[0])
   else:
     model, video_vae = meshes.replicate((model, video_vae), mesh)
     state = shard_state(state, mesh)
   b, n = state.samples.shape[0], sampling.frames_per_chunk
   for length in [1, n] if sampling.independent_first_frame else [n]:
-    frames = _put(_frame_numbers(b, 0, length), mesh)
+    frames = meshes.shard_batch(_frame_numbers(b, 0, length), mesh)
     noise = _outputs(_noise, state.key, state.samples, frames, state.latent_shape)
-    chunk = _chunk_inputs(model.config, sampling, story, 0, 0, noise, None, mesh)
-    latents, _, _ = _outputs(_denoise, model, state.cache, chunk, sampling)
+    chunk = _chunk_inputs(
+      model.config, sampling, story, 0, 0, noise, None, cut=story.cut[0], mesh=mesh
+    )
+    latents, _, _ = _outputs(_denoise, model, state.cache, chunk, sampling, mesh)
     if state.decoder is not None:
       together = _divisor(length, decode_frames)
       _outputs(_decode, video_vae, state.decoder, latents, together)
@@ -270,7 +271,8 @@ def stream(
     given: latents (b, f, y, x, c) that the video starts with; they are remembered,
       decoded and handed out first. Only looked at while state.frame is 0.
     decode_frames: latent frames that the VAE decodes at a time.
-    mesh: spreads the videos over devices; the state must be sharded alike.
+    mesh: of `mesh.generation_mesh`, spreads the work over devices; the state must be
+      sharded alike.
     should_stop: asked before each chunk; what is under way is still handed out.
     on_state: called with the number of chunks done and the state, before the next
       chunk reuses its memory; copy or save it there.
@@ -300,10 +302,10 @@ def stream(
   pending = None
   if given is not None and frame == 0:
     for length in _lengths(given.shape[1], n, sampling.independent_first_frame):
-      piece = _put(jnp.asarray(given[:, frame : frame + length], jnp.float32), mesh)
-      chunk = inputs(0, frame, piece, None)
-      chunk = dataclasses.replace(chunk, cut=jnp.zeros_like(chunk.cut))
-      cache = _remember(model, state.cache, piece, chunk, sampling)
+      piece = np.asarray(given[:, frame : frame + length], np.float32)
+      piece = jnp.asarray(meshes.shard_batch(piece, mesh))
+      chunk = inputs(0, frame, piece, None, cut=np.zeros_like(story.cut[0]))
+      cache = _remember(model, state.cache, piece, chunk, sampling, mesh)
       frames, decoder = decode(state.decoder, piece)
       frame += length
       state = dataclasses.replace(
@@ -314,10 +316,11 @@ def stream(
   while index < story.chunks and not should_stop():
     alone = sampling.independent_first_frame and frame == 0 and image is None
     length = 1 if alone else n
-    frames = _put(_frame_numbers(b, frame, length), mesh)
+    frames = meshes.shard_batch(_frame_numbers(b, frame, length), mesh)
     noise = _noise(state.key, state.samples, frames, state.latent_shape)
-    chunk = inputs(index, frame, noise, image if index == 0 else None)
-    latents, finite, cache = _denoise(model, state.cache, chunk, sampling)
+    known = image if index == 0 else None
+    chunk = inputs(index, frame, noise, known, cut=story.cut[index])
+    latents, finite, cache = _denoise(model, state.cache, chunk, sampling, mesh)
     decoded, decoder = decode(state.decoder, latents)
     index, frame = index + 1, frame + length
     state = dataclasses.replace(
@@ -365,10 +368,6 @@ def _check(state, story, sampling, image, given) -> None:
       )
 
 
-def _put(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-  return tree if mesh is None else meshes.shard_batch(tree, mesh)
-
-
 def _frame_numbers(b: int, first: int, length: int) -> np.ndarray:
   """int32 (b, length)."""
   return np.tile(np.arange(first, first + length, dtype=np.int32), (b, 1))
@@ -382,6 +381,8 @@ def _chunk_inputs(
   frame: int,
   noise: Array | jax.ShapeDtypeStruct,
   known: Array | None,
+  *,
+  cut: np.ndarray,
   mesh: jax.sharding.Mesh | None,
 ) -> sampler.ChunkInputs:
   """Inputs of chunk `index` of the story, at latent frame `frame`."""
@@ -402,11 +403,11 @@ def _chunk_inputs(
     negative=negative,
     frames=frames,
     temporal=sampler.chunk_temporal(config, sampling, frames, story.shot[index]),
-    cut=story.cut[index],
+    cut=cut,
     known=fixed,
     given=held,
   )
-  return _put(chunk, mesh)
+  return meshes.shard_batch(chunk, mesh)
 
 
 def _lengths(frames: int, n: int, first_alone: bool) -> list[int]:
@@ -428,5 +429,5 @@ def _fetch(index, latents, finite, decoded) -> StreamedChunk:
     )
   if decoded is None:
     return StreamedChunk(index, latents, None)
-  frames, dropped = jax.device_get(decoded)
+  frames, dropped = meshes.to_host(decoded)
   return StreamedChunk(index, latents, frames[:, int(dropped[0]) :])

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from longlive_jax.layers import kv_slots
 
@@ -116,6 +117,18 @@ def init_cache(
     pinned=jnp.zeros((batch, capacity_frames), bool),
     has_pin=jnp.zeros((batch,), bool),
     rules=rules,
+  )
+
+
+def specs(cache: KVCache, rows: Any, heads: Any) -> KVCache:
+  """PartitionSpecs of a cache: its rows and heads over these mesh axes."""
+  return dataclasses.replace(
+    cache,
+    k=kv_slots.specs(cache.k, rows, heads),
+    v=kv_slots.specs(cache.v, rows, heads),
+    frame=P(rows),
+    pinned=P(rows),
+    has_pin=P(rows),
   )
 
 

@@ -9,6 +9,7 @@ layers, batch and slots, so the cache updates, selects and shards them with one
   slots = zeros(format, shape, dtype)   empty
   encode(slots, x)      new frames as the slots would store them (clean pass)
   read(slots, dtype)    numbers again
+  specs(slots, ...)     how they are spread over the devices of a mesh
   own(slots, x)         new frames as they themselves are attended while new
 
 Keys have a large common offset, which spends the few levels of a 4-bit block on what
@@ -22,9 +23,12 @@ that is with relative RoPE, which the reference does not have together with this
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.kernels.nvfp4_quantise import quantise
@@ -127,30 +131,39 @@ def zeros(
 
 
 @functools.singledispatch
-def encode(slots: Slots, x: Array) -> Slots:
-  """New frames x (b, f, p, n, d) in the type of `slots`."""
+def encode(slots: Slots, x: Array, mesh_axes: Sequence[str] = ()) -> Slots:
+  """New frames x (b, f, p, n, d) in the type of `slots`.
+
+  Args:
+    mesh_axes: inside shard_map, those over which heads are spread.
+  """
   return x.astype(slots.dtype)
 
 
 @encode.register
-def _(slots: fp8.FP8Array, x: Array) -> fp8.FP8Array:
-  return fp8.quantise(x, batch_axes=2)
+def _(
+  slots: fp8.FP8Array, x: Array, mesh_axes: Sequence[str] = ()
+) -> fp8.FP8Array:
+  return fp8.quantise(x, batch_axes=2, mesh_axes=mesh_axes)
 
 
 @encode.register
-def _(slots: NVFP4Slots, x: Array) -> NVFP4Slots:
+def _(slots: NVFP4Slots, x: Array, mesh_axes: Sequence[str] = ()) -> NVFP4Slots:
   settings = {"rule": slots.format.rule, "batch_axes": 2}
   mean = None
   if slots.mean is not None:
     mean = jnp.mean(x.astype(jnp.float32), axis=2).astype(jnp.bfloat16)  # (b, f, n, d)
-  if not slots.format.chunk_amax:
+  rest = x
+  if mean is not None:
+    rest = x.astype(jnp.float32) - mean[:, :, None].astype(jnp.float32)
+  if slots.format.chunk_amax:  # as in the reference, which the kernel does not follow
+    amax = nvfp4.largest(rest, 1, mesh_axes)[:, None]
+    amax = jnp.broadcast_to(amax, x.shape[:2])
+    array = nvfp4.quantise(rest, amax=amax, reference=True, **settings)
+  else:
     front = "none" if mean is None else "token_mean"
-    array = quantise(x, front=front, mean=mean, **settings)
-  else:  # as in the reference, which the kernel does not follow
-    if mean is not None:
-      x = x.astype(jnp.float32) - mean[:, :, None].astype(jnp.float32)
-    amax = jnp.broadcast_to(nvfp4.largest(x, 1)[:, None], x.shape[:2])
-    array = nvfp4.quantise(x, amax=amax, reference=True, **settings)
+    amax = nvfp4.largest(rest, 2, mesh_axes) if mesh_axes else None
+    array = quantise(x, front=front, mean=mean, amax=amax, **settings)
   return dataclasses.replace(slots, array=array, mean=mean)
 
 
@@ -169,6 +182,31 @@ def _(slots: fp8.FP8Array, dtype: jnp.dtype) -> Array:
 def _(slots: NVFP4Slots, dtype: jnp.dtype) -> Array:
   # The kernel: XLA's own fusion made a chunk of the 5B model 7% slower on an H200.
   return dequantise(slots.array, dtype=dtype, mean=slots.mean)
+
+
+@functools.singledispatch
+def specs(slots: Slots, rows: Any, heads: Any) -> Any:
+  """PartitionSpecs of slots (l, b, slots, p, n, d), in their own tree.
+
+  Args:
+    rows, heads: mesh axes over which the batch and the heads are spread.
+  """
+  return P(None, rows, None, None, heads)
+
+
+@specs.register
+def _(slots: fp8.FP8Array, rows: Any, heads: Any) -> fp8.FP8Array:
+  return fp8.FP8Array(P(None, rows, None, None, heads), P(None, rows))
+
+
+@specs.register
+def _(slots: NVFP4Slots, rows: Any, heads: Any) -> NVFP4Slots:
+  each = P(None, rows, None, None, heads)
+  array = dataclasses.replace(
+    slots.array, codes=each, scales=each, amax=P(None, rows)
+  )
+  mean = None if slots.mean is None else P(None, rows, None, heads)
+  return dataclasses.replace(slots, array=array, mean=mean)
 
 
 @functools.singledispatch

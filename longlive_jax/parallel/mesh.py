@@ -1,55 +1,153 @@
-"""Devices: a mesh and where arrays live on it."""
+"""Devices: a mesh, where arrays live on it, and how several processes find together.
+
+Generation has three axes: DATA, videos of a batch; BRANCH, the rows of the network's
+batch with and without prompt (guidance); SEQUENCE, tokens and heads of one video.
+"""
 
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 DATA = "data"
+BRANCH = "branch"
+SEQUENCE = "seq"
 
 
-def data_mesh(devices: int | None = None) -> Mesh:
-  """A one-axis mesh over the batch.
+def initialize(spec: str) -> None:
+  """Joins the processes of a run over several hosts; every one of them calls it first.
+
+  Args:
+    spec: 'auto' where Slurm, MPI or a cloud says who is who, or
+      'HOST:PORT,PROCESS,PROCESSES' with the address of process 0; '' does nothing.
+
+  Raises:
+    ValueError: anything else.
+  """
+  if not spec:
+    return
+  if spec == "auto":
+    jax.distributed.initialize()
+    return
+  try:
+    address, process, processes = spec.split(",")
+    numbers = int(process), int(processes)
+  except ValueError as error:
+    raise ValueError(
+      f"distributed={spec!r} must be 'auto' or HOST:PORT,PROCESS,PROCESSES; use "
+      "10.0.0.1:1234,0,2 for the first of two"
+    ) from error
+  jax.distributed.initialize(address, numbers[1], numbers[0])
+
+
+def generation_mesh(data: int = 1, branch: int = 1, sequence: int = 1) -> Mesh | None:
+  """The mesh of generation; devices that share a video are neighbours.
+
+  Returns:
+    None for a single device: nothing is spread.
 
   Raises:
     ValueError: when fewer devices exist than asked for.
   """
-  have = jax.device_count()
-  count = have if devices is None else devices
+  have, count = jax.device_count(), data * branch * sequence
   if not 1 <= count <= have:
-    raise ValueError(f"devices={count} must be between 1 and the {have} that exist")
-  return jax.make_mesh((count,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
+    raise ValueError(
+      f"devices={data} x guidance_devices={branch} x sequence_devices={sequence} are "
+      f"{count}; must be between 1 and the {have} that exist"
+    )
+  if count == 1:
+    return None
+  return jax.make_mesh(
+    (data, branch, sequence),
+    (DATA, BRANCH, SEQUENCE),
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  )
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set in any process of the run; all have to ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def to_host(tree: Any) -> Any:
+  """NumPy copies of whole arrays, in every process; all have to ask."""
+
+  def whole(leaf: Any) -> Any:
+    if getattr(leaf, "is_fully_addressable", True):
+      return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.device_get(jax.tree.map(whole, tree))
 
 
 def place(tree: Any, where: jax.Device | jax.sharding.Sharding) -> Any:
-  """`jax.device_put`; of an abstract array it is noted where the real one will be."""
+  """`jax.device_put`; of an abstract array it is noted where the real one will be.
+
+  In a run of several processes each of them has to have the same arrays.
+  """
   if isinstance(where, jax.Device):
     where = jax.sharding.SingleDeviceSharding(where)
 
   def put(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return jax.device_put(leaf, where)
+    if where.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+      return jax.device_put(leaf, where)
+    # device_put would send every array around to see whether processes agree on it.
+    return jax.make_array_from_callback(leaf.shape, where, lambda at: leaf[at])
 
   return jax.tree.map(put, tree)
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def spread(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
+  """Every array to its place on a mesh; None leaves all where it is.
+
+  Args:
+    specs: PartitionSpecs, a tree of which `tree` is a continuation.
+  """
+  if mesh is None:
+    return tree
+  return jax.tree.map(
+    lambda spec, part: place(part, NamedSharding(mesh, _split(spec, mesh))), specs, tree
+  )
+
+
+def _split(spec: P, mesh: Mesh) -> P:
+  """The spec without axes of size 1.
+
+  Compiled programs return their outputs so: a chunk's would not be what the first chunk
+  was given, and the second chunk would compile again.
+  """
+  parts: list[Any] = []
+  for names in spec:
+    names = names if isinstance(names, tuple) else (names,)
+    names = tuple(name for name in names if name and mesh.shape[name] > 1)
+    parts.append(names[0] if len(names) == 1 else names or None)
+  while parts and parts[-1] is None:
+    parts.pop()
+  return P(*parts)
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
   """A copy of every array on every device."""
-  return place(tree, NamedSharding(mesh, P()))
+  return spread(tree, P(), mesh)
 
 
-def shard_batch(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
-  """Splits axis `axis` of every array over the mesh.
+def shard_batch(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
+  """Splits axis `axis` of every array over the mesh's DATA axis.
 
   Raises:
     ValueError: when the batch is not a multiple of the number of devices.
   """
-  sharding = NamedSharding(mesh, P(*(None,) * axis, DATA))
+  devices = 1 if mesh is None else mesh.shape[DATA]
   for leaf in jax.tree.leaves(tree):
-    if leaf.shape[axis] % mesh.size:
+    if leaf.shape[axis] % devices:
       raise ValueError(
-        f"batch={leaf.shape[axis]} must be a multiple of devices={mesh.size}"
+        f"batch={leaf.shape[axis]} must be a multiple of devices={devices}"
       )
-  return place(tree, sharding)
+  return spread(tree, P(*(None,) * axis, DATA), mesh)

@@ -14,6 +14,7 @@ its own: codes and scales are the same bits on every backend, jitted or not
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +56,16 @@ class FP8Array:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-def quantise(x: Array, *, batch_axes: int | None = None) -> FP8Array:
+def quantise(
+  x: Array, *, batch_axes: int | None = None, mesh_axes: Sequence[str] = ()
+) -> FP8Array:
   """Quantises with one scale for each index of the first axes.
 
   Args:
     x: (..., n), float.
     batch_axes: how many first axes have scales of their own; by default all but the
       last, so that every row has one.
+    mesh_axes: inside shard_map, those over which numbers that share a scale are spread.
 
   Raises:
     ValueError: batch_axes that leave no axis, or an array that is quantised already.
@@ -79,7 +83,8 @@ def quantise(x: Array, *, batch_axes: int | None = None) -> FP8Array:
   finite = jnp.isfinite(x)
   x = jnp.where(finite, x, 0)
   axes = tuple(range(batch_axes, x.ndim))
-  amax = nvfp4.countable(jnp.max(jnp.abs(x), axis=axes, initial=0.0))
+  amax = jnp.max(jnp.abs(x), axis=axes, initial=0.0)
+  amax = nvfp4.countable(lax.pmax(amax, tuple(mesh_axes)) if mesh_axes else amax)
   amax = jnp.where(amax > 0, amax, LARGEST)
   amax = amax.reshape(*amax.shape, *[1] * (x.ndim - batch_axes))
   codes = exact.e4m3(x * exact.divide(LARGEST, amax))

@@ -28,11 +28,13 @@ to even, or stochastic with a key. Special values:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from longlive_jax.quant import exact
 
@@ -198,11 +200,16 @@ def _through_jvp(primals, tangents):
   return primals[1], tangents[0]
 
 
-def largest(x: Array, batch_axes: int = 0) -> Array:
-  """Largest magnitude that counts over all but the batch axes, float32."""
+def largest(x: Array, batch_axes: int = 0, mesh_axes: Sequence[str] = ()) -> Array:
+  """Largest magnitude that counts over all but the batch axes, float32.
+
+  Args:
+    mesh_axes: inside shard_map, those over which the numbers that count are spread.
+  """
   x = jnp.abs(x.astype(jnp.float32))
   x = jnp.where(x <= LARGEST, x, 0)  # nor does NaN count
-  return countable(jnp.max(x, axis=tuple(range(batch_axes, x.ndim)), initial=0.0))
+  amax = jnp.max(x, axis=tuple(range(batch_axes, x.ndim)), initial=0.0)
+  return countable(lax.pmax(amax, tuple(mesh_axes)) if mesh_axes else amax)
 
 
 def countable(amax: Array) -> Array:

@@ -61,12 +61,15 @@ class W4A4:
       the reference has it.
     native: static. The product may use the FP4 instructions of a Blackwell data-centre
       GPU; the numbers are those of the simulation but for the order of float32 sums.
+    mesh_axes: static. Inside shard_map, those over which activations that share a
+      tensor scale are spread, see `spread`.
   """
 
   weight: NVFP4Array
   rule: str = dataclasses.field(metadata={"static": True})
   per_sample: bool = dataclasses.field(default=True, metadata={"static": True})
   native: bool = dataclasses.field(default=False, metadata={"static": True})
+  mesh_axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -205,6 +208,25 @@ def _check_plain(name: str, weight: Any) -> None:
     )
 
 
+def spread(
+  model: Any, token_axes: tuple[str, ...], batch_axes: tuple[str, ...] = ()
+) -> Any:
+  """The network for use inside shard_map; weights are whole on every device.
+
+  Args:
+    token_axes: mesh axes over which the tokens of a sample are spread.
+    batch_axes: those over which samples are.
+  """
+
+  def visit(weight: Any) -> Any:
+    if not isinstance(weight, W4A4):
+      return weight
+    axes = token_axes if weight.per_sample else (*batch_axes, *token_axes)
+    return dataclasses.replace(weight, mesh_axes=axes)
+
+  return jax.tree.map(visit, model, is_leaf=lambda node: isinstance(node, W4A4))
+
+
 def is_packed(node: Any) -> bool:
   """Whether a node of a tree is a quantised array."""
   return isinstance(node, tuple(PACKED))
@@ -243,7 +265,10 @@ def quantised_product(x: Array, weight: W4A4) -> Array:
     (..., out).
   """
   batch_axes = int(weight.per_sample and x.ndim > 1)
-  packed = quantise(x, rule=weight.rule, batch_axes=batch_axes)
+  amax = None
+  if weight.mesh_axes:
+    amax = nvfp4.largest(x, batch_axes, weight.mesh_axes)
+  packed = quantise(x, rule=weight.rule, batch_axes=batch_axes, amax=amax)
   multiply = native_product if weight.native else product
   return multiply(packed, weight.weight).astype(x.dtype)
 
