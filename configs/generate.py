@@ -92,11 +92,15 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.negative_prompt = ""
 
   # The run. `devices` share the videos of a batch; `decode_frames` are decoded at a
-  # time: more is faster, less needs less memory.
+  # time, the last stages in `decode_tiles`: more frames are faster, fewer frames and
+  # more tiles need less memory. `decode_on` the 'same' devices, on the 'other', the
+  # next one, or with every picture 'split' over the devices.
   config.i2v = False
   config.seed = 0
   config.devices = 1
   config.decode_frames = 8
+  config.decode_tiles = 1
+  config.decode_on = "same"
   config.cache_dir = "~/.cache/longlive_jax/text"
 
   if size == "ti2v-5b":

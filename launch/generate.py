@@ -37,6 +37,7 @@ from ml_collections import config_flags
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import (
+  decoding,
   networks,
   recorder,
   report,
@@ -45,9 +46,10 @@ from longlive_jax.generate import (
   sampler,
   snapshots,
   storyboard,
+  worker,
 )
 from longlive_jax.generate import stream as streams
-from longlive_jax.models import text, vae
+from longlive_jax.models import text, vae, vae_tiles
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.quant.weights import weight_bytes
 from longlive_jax.stopping import StopRequest
@@ -148,6 +150,12 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
       f"devices={config.devices} must divide the {board.batch} videos and be at most "
       f"the {jax.device_count()} that exist"
     )
+  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
+  mesh = meshes.data_mesh(config.devices) if config.devices > 1 else None
+  decode_on = decoding.placement(config.decode_on, mesh, y, x)
+  if config.decode_tiles != 1:
+    decoder = store.abstract_network("vae", sources.vae.config).decoder
+    vae_tiles.check(decoder.upsamples, decoder.head, y, x, config.decode_tiles)
   output = request.check_folder(options.output)
   check_overwrites(options, output, snapshot)
   if options.save_state:
@@ -184,7 +192,6 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
   if given is not None:
     given = encode(video_vae, given) if given.dtype == np.uint8 else given
     given = np.repeat(given, board.batch // len(given), axis=0)
-  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
 
   def init_state() -> streams.StreamState:
     return streams.init_state(
@@ -221,11 +228,11 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
         first_chunk = done = int(state.chunk)
         if left := snapshots.unwritten(snapshot):
           record.add(left)
-      mesh = None
-      if config.devices > 1:
-        mesh = meshes.data_mesh(config.devices)
+      if mesh is not None:
         state = streams.shard_state(state, mesh)
-        model, video_vae = meshes.replicate((model, video_vae), mesh)
+        model = meshes.replicate(model, mesh)
+      video_vae, decoder = decoding.place(video_vae, state.decoder, decode_on)
+      state = dataclasses.replace(state, decoder=decoder)
       bar = report.ProgressBar(story.chunks, "chunks")
 
       def keep(chunks_done: int, new: streams.StreamState) -> None:
@@ -238,28 +245,38 @@ def run(config: ml_collections.ConfigDict, options: Options) -> dict[str, Any]:
         except DISK_ERRORS as failed:
           stop.reason = stop.reason or f"state after chunk {done} not saved: {failed}"
 
+      def write(chunk: streams.StreamedChunk) -> None:
+        """Waits for frames and encodes them, while later chunks are denoised."""
+        frames = chunk.frames
+        record.add(frames, story.shot[chunk.index or 0])
+        watch.frames(frames.shape[0] * frames.shape[1])
+        if record.failure is not None and not stop:
+          stop.reason = str(record.failure)
+        speed = f"{watch.loop_fps:.1f} FPS" if watch.loop_fps else ""
+        bar.update((chunk.index or 0) + 1, speed)
+
       try:
-        for chunk in streams.stream(
-          model,
-          video_vae,
-          state,
-          story,
-          sampling,
-          image=image,
-          given=given,
-          decode_frames=config.decode_frames,
-          mesh=mesh,
-          should_stop=lambda: bool(stop),
-          on_state=keep,
-        ):
-          record.add(chunk.frames, story.shot[chunk.index or 0])
-          watch.frames(chunk.frames.shape[0] * chunk.frames.shape[1])
-          if record.failure is not None and not stop:
-            stop.reason = str(record.failure)
-          speed = f"{watch.loop_fps:.1f} FPS" if watch.loop_fps else ""
-          bar.update((chunk.index or 0) + 1, speed)
+        with worker.Worker(write) as writer:
+          for chunk in streams.stream(
+            model,
+            video_vae,
+            state,
+            story,
+            sampling,
+            image=image,
+            given=given,
+            decode_frames=config.decode_frames,
+            decode_tiles=config.decode_tiles,
+            mesh=mesh,
+            should_stop=lambda: bool(stop),
+            on_state=keep,
+          ):
+            writer.put(chunk)
       except FloatingPointError as failed:
         error, state = str(failed), None  # what came before is worth keeping
+      except Exception:
+        record.close()  # the videos so far play, whatever ended the run
+        raise
   unwritten = record.close()
   error = error or (str(record.failure) if record.failure else "")
 
@@ -380,6 +397,15 @@ def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
     raise ValueError(
       "continue_from needs config.independent_first_frame=False: whole chunks"
     )
+  if config.decode_on == "split" and config.decode_tiles != 1:
+    raise ValueError(
+      f"decode_tiles={config.decode_tiles} needs decode_on='same' or 'other': 'split' "
+      "shares the picture already"
+    )
+  if options.mode == "bidirectional" and config.decode_on != "same":
+    raise ValueError(f"decode_on={config.decode_on!r} needs --mode=stream")
+  if options.mode == "bidirectional" and config.decode_tiles != 1:
+    raise ValueError(f"decode_tiles={config.decode_tiles} needs --mode=stream")
   if config.decode_frames < 1:
     raise ValueError(
       f"decode_frames={config.decode_frames} must be at least 1; use 1 for the least "

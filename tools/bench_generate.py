@@ -176,7 +176,7 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
     on_state=on_state,
   )
   for chunk in chunks:
-    jax.block_until_ready(chunk.latents)
+    jax.block_until_ready((chunk.latents, chunk.frames))
     stamps.append(time.perf_counter())
   return stamps
 
