@@ -86,7 +86,7 @@ def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
 def place(
   video_vae: vae.VideoVAE, state: vae.DecoderState, where: Sharding
 ) -> tuple[vae.VideoVAE, vae.DecoderState]:
-  """Weights and state moved to where the decoder is to run."""
+  """Weights and state moved to where the decoder is to run; `state` is used up."""
   state = vae.DecoderState(
     jax.device_put(state.started, _leading(where, 1)),
     jax.device_put(state.history, where),

@@ -41,7 +41,7 @@ def halo(stages: Sequence[UpStage], head: Head) -> int:
 
 
 def _reach(layers: Any) -> int:
-  """Of convolutions in a row: half a kernel each; weights are (out, ky, kx, ..., in)."""
+  """Of convolutions in a row: half a kernel each; weights are (out, ky, kx, ...)."""
   return sum(w.shape[1] // 2 for w in jax.tree.leaves(layers) if w.ndim > 1)
 
 
