@@ -18,6 +18,7 @@ compiles a whole chunk for a GPU that is not there (any CUDA GPU must be) and co
 4-bit products.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -31,7 +32,7 @@ from absl import app, flags
 from flax import nnx
 
 from longlive_jax.checkpoint import store
-from longlive_jax.generate import networks, sampler
+from longlive_jax.generate import decoding, networks, sampler
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_slots
@@ -51,6 +52,12 @@ _DTYPE = flags.DEFINE_enum(
 )
 _DECODE_FRAMES = flags.DEFINE_integer(
   "decode_frames", 1, "Latent frames a decode.", flag_values=_FLAGS
+)
+_DECODE_TILES = flags.DEFINE_integer(
+  "decode_tiles", 1, "Tiles of its last stages.", flag_values=_FLAGS
+)
+_DECODE_ON = flags.DEFINE_enum(
+  "decode_on", "same", ["same", "other"], "Device of the VAE.", flag_values=_FLAGS
 )
 _LATENTS_ONLY = flags.DEFINE_bool(
   "latents_only", False, "Leave the decoder out.", flag_values=_FLAGS
@@ -165,6 +172,10 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
   state = streaming.init_state(
     model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x
   )
+  if video_vae is not None:
+    where = decoding.placement(_DECODE_ON.value, None, y, x)
+    video_vae, decoder = decoding.place(video_vae, state.decoder, where)
+    state = dataclasses.replace(state, decoder=decoder)
   stamps = [time.perf_counter()]
   chunks = streaming.stream(
     model,
@@ -173,6 +184,7 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
     plot,
     sampling,
     decode_frames=_DECODE_FRAMES.value,
+    decode_tiles=_DECODE_TILES.value,
     on_state=on_state,
   )
   for chunk in chunks:
@@ -214,6 +226,8 @@ def main(argv: list[str]) -> None:
     "dtype": _DTYPE.value,
     "precision": _PRECISION.value,
     "kv_format": _KV_FORMAT.value,
+    "decode_on": _DECODE_ON.value,
+    "decode_tiles": _DECODE_TILES.value,
     "bytes_dit": weights.weight_bytes(model),
     "parameters_vae": sum(p.size for p in jax.tree.leaves(video_vae)),
   }
