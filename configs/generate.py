@@ -93,8 +93,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
 
   # The run. `devices` share the videos of a batch; `decode_frames` are decoded at a
   # time, the last stages in `decode_tiles`: more frames are faster, fewer frames and
-  # more tiles need less memory. `decode_on` the 'same' devices, on the 'other', the
-  # next one, or with every picture 'split' over the devices.
+  # more tiles need less memory. `decode_on` says where: on the 'same' devices, on an
+  # 'other' one, the next, or with every picture 'split' over all of them.
   config.i2v = False
   config.seed = 0
   config.devices = 1

@@ -56,7 +56,7 @@ def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
   Raises:
     ValueError: unknown; no device is left; neither rows nor columns divide.
   """
-  devices = list(mesh.devices.flat) if mesh else jax.devices()[:1]
+  devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
   if decode_on == "same":
     if mesh is None:
       return SingleDeviceSharding(devices[0])

@@ -89,7 +89,8 @@ class StreamedChunk:
   Attributes:
     index: chunk number; None for latents that were given.
     latents: (b, f, y, x, c) on the device.
-    decoded: its frames, which may still be in the making; None without a VAE.
+    decoded: its frames, which may still be in the making, on the decoder's device;
+      None without a VAE.
   """
 
   index: int | None
