@@ -95,10 +95,12 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # `guidance_devices` = 2, one with and one without prompt, times `sequence_devices`,
   # which share the tokens of a video and must divide the transformer's heads; keys and
   # values go between them as numbers in `exchange_format`: '', 'fp8' or 'nvfp4'.
-  # `decode_frames` are decoded at a time: more is faster, less needs less memory.
-  # `plan` fills in what is not set: layout, and fewer bits if nothing else fits; 'off',
-  # or 'auto' with the rates of a machine as tools/bench_generate.py --out=FILE measured
-  # them: FILE.
+  # `decode_frames` are decoded at a time, the last stages in `decode_tiles`: more
+  # frames are faster, fewer frames and more tiles need less memory. `decode_on` says
+  # where: on the 'same' devices, on an 'other' one, the next, or with every picture
+  # 'split' over all of them. `plan` fills in what is not set: layout, and fewer bits if
+  # nothing else fits; 'off', or 'auto' with the rates of a machine as
+  # tools/bench_generate.py --out=FILE measured them: FILE.
   config.i2v = False
   config.seed = 0
   config.plan = "auto"
@@ -107,6 +109,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.sequence_devices = 1
   config.exchange_format = ""
   config.decode_frames = 8
+  config.decode_tiles = 1
+  config.decode_on = "same"
   config.cache_dir = "~/.cache/longlive_jax/text"
   config.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import imageio_ffmpeg
 import jax
@@ -23,9 +24,11 @@ from longlive_jax.data.video import VideoWriter
 from longlive_jax.generate import (
   networks,
   planning,
+  recorder,
   report,
   request,
   resuming,
+  snapshots,
   stream,
 )
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
@@ -355,6 +358,39 @@ def test_full_disk_loses_no_frame(generate, config, tmp_path):
   assert frames_in(tmp_path / "rest" / "video.mp4") == (done + 1) * 8 - 3
 
 
+def test_an_error_beside_the_denoising_ends_the_run(
+  generate, config, tmp_path, monkeypatch
+):
+  """With its own words; the video so far plays, and saved states stay."""
+  add, threads = recorder.Recorder.add, set()
+
+  def fail(self, frames, shots=None):
+    threads.add(threading.current_thread())
+    if shots is not None and self._sent[0]:
+      raise RuntimeError("the contact sheet tore")
+    add(self, frames, shots)
+
+  monkeypatch.setattr(recorder.Recorder, "add", fail)
+  out, states = tmp_path / "out", tmp_path / "states"
+  options = generate.Options(
+    prompt=("a",), chunks=9, output=str(out), save_state=str(states), save_every=1
+  )
+  with pytest.raises(RuntimeError, match="the contact sheet tore") as caught:
+    generate.run(config, options)
+  assert "write" in [frame.name for frame in caught.traceback]
+  assert threading.main_thread() not in threads
+  assert frames_in(out / "video.mp4") == 5
+  saved = snapshots.chunks(states)
+  # The fourth chunk waits for the second, which failed, while the fifth is denoised.
+  assert 1 in saved and saved[-1] <= 4
+  monkeypatch.undo()
+  options = generate.Options(
+    output=str(tmp_path / "rest"), resume=str(states), rewind_to=1
+  )
+  assert generate.run(config, options)["chunks"] == [1, 9]
+  assert frames_in(tmp_path / "rest" / "video.mp4") == 8 * 8
+
+
 def test_latents_that_are_not_finite(generate, config, weights, tmp_path):
   bad = store.load_network(weights / "dit", "dit")
   bad.head.linear.bias.set_value(bad.head.linear.bias[...] * np.nan)
@@ -430,6 +466,20 @@ BAD = [
   (dict(guidance_devices=2, guidance=1.0), {}, "guidance_devices=2 needs guidance"),
   (dict(exchange_format="fp4"), {}, "exchange_format=.fp4. is unknown"),
   (dict(decode_frames=0), {}, "decode_frames=0 must be at least 1; use 1"),
+  (dict(decode_tiles=2), {}, r"decode_tiles=2 does not make equal .* one of \[1\]"),
+  (dict(decode_on="other"), {}, "decode_on='other' needs a device beside the 1 of"),
+  (dict(decode_on="gpu"), {}, "decode_on='gpu' is unknown; use same, other or split"),
+  (dict(decode_on="split", decode_tiles=2), {}, "decode_tiles=2 needs decode_on='same"),
+  (
+    dict(decode_on="other"),
+    dict(mode="bidirectional"),
+    "decode_on='other' needs --mode=stream",
+  ),
+  (
+    dict(decode_tiles=2),
+    dict(mode="bidirectional"),
+    "decode_tiles=2 needs --mode=stream",
+  ),
   (dict(precision="fp5"), {}, "precision='fp5' is unknown; use w4a16"),
   (dict(precision="w4a16", precision_rule="x"), {}, "rule='x' is unknown; use"),
   (

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from longlive_jax.generate import report
+from longlive_jax.generate import decoding, report
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_slots
@@ -62,6 +62,12 @@ _DTYPE = flags.DEFINE_enum(
 )
 _DECODE_FRAMES = flags.DEFINE_integer(
   "decode_frames", 1, "Latent frames a decode.", flag_values=_FLAGS
+)
+_DECODE_TILES = flags.DEFINE_integer(
+  "decode_tiles", 1, "Tiles of its last stages.", flag_values=_FLAGS
+)
+_DECODE_ON = flags.DEFINE_enum(
+  "decode_on", "same", ["same", "other"], "Device of the VAE.", flag_values=_FLAGS
 )
 _LATENTS_ONLY = flags.DEFINE_bool(
   "latents_only", False, "Leave the decoder out.", flag_values=_FLAGS
@@ -101,6 +107,10 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
   state = streaming.init_state(
     model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x
   )
+  if video_vae is not None:
+    where = decoding.placement(_DECODE_ON.value, None, y, x)
+    video_vae, decoder = decoding.place(video_vae, state.decoder, where)
+    state = dataclasses.replace(state, decoder=decoder)
   stamps = [time.perf_counter()]
   chunks = streaming.stream(
     model,
@@ -109,10 +119,11 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
     plot,
     sampling,
     decode_frames=_DECODE_FRAMES.value,
+    decode_tiles=_DECODE_TILES.value,
     on_state=on_state,
   )
   for chunk in chunks:
-    jax.block_until_ready(chunk.latents)
+    jax.block_until_ready((chunk.latents, chunk.frames))
     stamps.append(time.perf_counter())
   return stamps
 
@@ -239,6 +250,8 @@ def main(argv: list[str]) -> None:
     "decode_frames": _DECODE_FRAMES.value,
     "dtype": _DTYPE.value,
     "precision": _PRECISION.value,
+    "decode_on": _DECODE_ON.value,
+    "decode_tiles": _DECODE_TILES.value,
     "sampling": dataclasses.asdict(sampling),
   }
   if _COMPILE_FOR.value:
