@@ -12,6 +12,7 @@ and one for the negative prompt, with a cache of their own: row 2 i and row 2 i 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from longlive_jax.generate import schedule
-from longlive_jax.layers import attention, kv_cache, kv_slots, rope
+from longlive_jax.layers import attention, fp8_attention, kv_cache, kv_slots, rope
 from longlive_jax.models import dit
 
 Array = jax.Array
@@ -47,6 +48,8 @@ class Sampling:
     steps, shift, solver: see generate/schedule.py.
     independent_first_frame: the first chunk is a single frame.
     kv_format, kv_smoothing, kv_rule: what the cache stores, see layers/kv_slots.py.
+    attention_format: '', or 'fp8': attention to a full window multiplies in 8 bits,
+      see layers/fp8_attention.py. Best with kv_format='e4m3', read as it is stored.
     reference: the reference's eviction of pinned frames and one tensor scale a chunk
       in an NVFP4 cache, for parity only.
   """
@@ -67,6 +70,7 @@ class Sampling:
   kv_format: str = ""
   kv_smoothing: str = "token_mean"
   kv_rule: str = "mse"
+  attention_format: str = ""
   reference: bool = False
 
   def __post_init__(self):
@@ -95,6 +99,7 @@ class Sampling:
       raise ValueError(f"guidance={self.guidance} must be a number; 1 turns it off")
     schedule.solver_table(self.solver, self.steps, self.shift)  # checks all three
     kv_slots.KVFormat(self.kv_format, self.kv_smoothing, self.kv_rule)  # and these
+    fp8_attention.by_format(self.attention_format)
 
   @property
   def global_sink_frames(self) -> int:
@@ -223,6 +228,7 @@ def cached_forward(
   temporal: rope.Rotation,
   *,
   t_scale: float = 1.0,
+  attention_format: str = "",
   keep: bool = False,
   remat: bool = False,
 ) -> tuple[Array, tuple[Any, Any] | None]:
@@ -233,7 +239,7 @@ def cached_forward(
     text: embedded text (b, segments, text_len, D), or keys of it.
     temporal: rotation of the chunk's frames (b, f, pairs); unused when the cache
       rotates by window position.
-    t_scale: factor on window positions (relative RoPE).
+    t_scale: factor on window positions (relative RoPE). attention_format: see Sampling.
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
     remat: recompute blocks in the backward pass.
 
@@ -259,7 +265,7 @@ def cached_forward(
   else:
     q_rotation = model.rotation(temporal, y, x)
 
-  def forward(lengths: Array | None):
+  def forward(compute: Callable[[Array, Array, Array], Any]):
     def attend(layer, q, k, v):
       q = rope.rotate(q, q_rotation)
       if not rules.relative_rope:
@@ -269,7 +275,7 @@ def cached_forward(
       keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in (keys, values))
       if rules.relative_rope:
         keys = rope.rotate(keys, k_rotation)
-      out = attention.attention(q, keys, values, lengths=lengths)
+      out = compute(q, keys, values)
       if not keep:
         return out, None
       # Encoded here, layer by layer: all layers' plain keys would not fit beside the
@@ -280,12 +286,15 @@ def cached_forward(
     layers = (cache.k, cache.v)
     return model(latents, time, text, attend, layers, remat=remat)
 
-  lengths = placement.length * p
-  if attention.default_implementation(model.dtype) != "cudnn":
-    return forward(lengths)
-  # cuDNN is 12% faster without lengths, and all but the first chunks fill the window.
+  by_length = functools.partial(attention.attention, lengths=placement.length * p)
+  whole = fp8_attention.by_format(attention_format)
+  cudnn = attention.default_implementation(model.dtype) == "cudnn"
+  if whole is attention.attention and not cudnn:
+    return forward(by_length)
+  # cuDNN is 12% faster without lengths, and has none in FP8: all but the first chunks
+  # fill the window.
   full = jnp.all(placement.length == rules.window_frames)
-  return lax.cond(full, lambda: forward(None), lambda: forward(lengths))
+  return lax.cond(full, lambda: forward(whole), lambda: forward(by_length))
 
 
 def clean_pass(
@@ -321,6 +330,7 @@ def clean_pass(
     _text(model, chunk) if text is None else text,
     _repeat(chunk.temporal, rows),
     t_scale=sampling.t_scale,
+    attention_format=sampling.attention_format,
     keep=True,
   )
   return kv_cache.pin(kv_cache.commit(cache, placement, k, v), frames, cut)
@@ -365,6 +375,7 @@ def denoise_chunk(
       text,
       temporal,
       t_scale=sampling.t_scale,
+      attention_format=sampling.attention_format,
     )
     if rows == 1:
       return v

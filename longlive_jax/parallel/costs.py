@@ -15,7 +15,7 @@ from longlive_jax.models.vae import VAEConfig
 
 # Bits of a number with its scales: 16 of an NVFP4 block share one of 8 bits.
 WEIGHT_BITS = {"w4a16": 4.5, "w4a4": 4.5, "w4a4_native": 4.5, "w8a16": 8.0, "fp8": 8.0}
-CACHE_BITS = {"fp8": 8.0, "nvfp4": 4.5}
+CACHE_BITS = {"e4m3": 8.0, "fp8": 8.0, "nvfp4": 4.5}
 # Where weights alone are packed, they are unpacked in front of every product.
 UNPACKED = ("w4a16", "w8a16")
 UNITS = {"fp8": "matrix_fp8", "w4a4_native": "matrix_fp4"}
