@@ -579,6 +579,9 @@ def test_config_arguments():
   assert get_config("toy,w4a4").precision == "w4a4"
   eight = get_config("toy,fp8,kv=fp8")
   assert (eight.precision, eight.kv_format) == ("fp8", "fp8")
+  assert (eight.attention_format, plain.attention_format) == ("", "")
+  fast = get_config("ti2v-5b,fp8,attention=fp8,kv=e4m3")
+  assert (fast.attention_format, fast.kv_format) == ("fp8", "e4m3")
   assert plain.precision_layers == BLOCK_LINEARS
   with pytest.raises(ValueError, match="'nvfp4' and 'w4a4' exclude each other"):
     get_config("toy,nvfp4,w4a4")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_runs import compile_offline, needs_gpu
 from random_weights import normal
-from test_kernels import compile_offline, needs_gpu
 from triton_interpreter import Interpreter
 
 from longlive_jax.kernels import flash_attention

@@ -75,6 +75,9 @@ _LATENTS_ONLY = flags.DEFINE_bool(
 _PRECISION = flags.DEFINE_enum(
   "precision", "", ["", *weights.MODES], "Of the weights.", flag_values=_FLAGS
 )
+_ATTENTION = flags.DEFINE_enum(
+  "attention_format", "", ["", "fp8"], "Of attention's products.", flag_values=_FLAGS
+)
 _KV_FORMAT = flags.DEFINE_enum(
   "kv_format", "", list(kv_slots.NAMES), "Of the cache.", flag_values=_FLAGS
 )
@@ -200,7 +203,8 @@ def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
   work = plan.work_of(workload, settings)
   known = costs.transformer_stages(config, work)
   inputs = jax.jit(bench_stages.stage_inputs, static_argnums=(1, 2, 3))
-  cases = [*bench_stages.transformer_cases(model, inputs(model, sampling, y, x))]
+  given = inputs(model, sampling, y, x)
+  cases = [*bench_stages.transformer_cases(model, given, sampling.attention_format)]
   decode_ms = None
   if video_vae is not None:
     known["vae"] = costs.decode_stage(
@@ -238,7 +242,11 @@ def main(argv: list[str]) -> None:
   if _PROGRAMS.value:
     jax.config.update("jax_compilation_cache_dir", _PROGRAMS.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  sampling = Sampling(steps=_STEPS.value, kv_format=_KV_FORMAT.value)
+  sampling = Sampling(
+    steps=_STEPS.value,
+    kv_format=_KV_FORMAT.value,
+    attention_format=_ATTENTION.value,
+  )
   figures: dict[str, Any] = {
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,

@@ -16,8 +16,7 @@ import numpy as np
 
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
-from longlive_jax.layers import attention, kv_cache, kv_slots, rope
-from longlive_jax.layers.norm import layer_norm
+from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, operand, rope
 from longlive_jax.models import dit, vae
 from longlive_jax.parallel import costs
 from longlive_jax.parallel.hardware import Hardware
@@ -126,12 +125,13 @@ def stage_inputs(
 
 
 def transformer_cases(
-  model: dit.CausalDiT, inputs: Mapping[str, Any]
+  model: dit.CausalDiT, inputs: Mapping[str, Any], attention_format: str = ""
 ) -> Iterator[Case]:
   """Every stage of the transformer.
 
   Args:
     inputs: of `stage_inputs`; of shapes, if nothing is to be run.
+    attention_format: of Sampling.
   """
   c = model.config
 
@@ -139,14 +139,12 @@ def transformer_cases(
     given = {**inputs, "model": model}
     return Case(name, function, tuple(given[name] for name in names), carries)
 
-  def modulated(h: Array, rows: Array) -> Array:
-    return layer_norm(h, c.eps) * (1 + rows[0]) + rows[1]
-
   def embed(model, latents):
     return model.patch_embedding(dit.patchify(latents, c.patch))
 
   def project(block, h, rows):
-    h, own = modulated(h, rows), block.self_attn
+    own = block.self_attn
+    h = operand.modulated(h, rows[0], rows[1], c.eps, (own.q, own.k, own.v))
     return own.q(h), own.k(h), own.v(h)
 
   def norm_rope(block, q, k, rotation):
@@ -158,10 +156,12 @@ def transformer_cases(
     return h + rows[2] * block.self_attn.output(q).reshape(h.shape)
 
   def attend_text(block, h, keys):
-    return h + block.attend_text(block.norm3(h), keys)
+    normed = operand.normed(block.norm3, h, [block.cross_attn.q])
+    return h + block.attend_text(normed, keys)
 
   def feed(block, h, rows):
-    return h + rows[2] * block.ffn(modulated(h, rows))
+    read = operand.modulated(h, rows[0], rows[1], c.eps, [block.ffn.fc1])
+    return h + rows[2] * block.ffn(read)
 
   def write(cache, placement, k, v):
     def encode(layer):
@@ -175,7 +175,8 @@ def transformer_cases(
   yield case("qkv", project, "block", "h", "rows")
   yield case("norm_rope", norm_rope, "block", "projected", "projected", "rotation")
   yield case("cache_read", kv_cache.attended, "placement", "layer", "k", "k")
-  yield case("attention", attention.attention, "q", "window", "window")
+  attend = fp8_attention.by_format(attention_format)
+  yield case("attention", attend, "q", "window", "window")
   yield case("output", output, "block", "h", "q", "rows")
   yield case("cross_attention", attend_text, "block", "h", "text_keys")
   yield case("ffn", feed, "block", "h", "rows")

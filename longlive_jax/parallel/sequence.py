@@ -104,6 +104,10 @@ class Layout:
       )
       flat = (a.reshape(b, frames * tokens, *a.shape[3:]) for a in arrived)
       out, handed_out = attend(layer, *flat)
+      if self.sequence == 1:
+        return out, handed_out
+      if isinstance(out, fp8.Rows):  # its scales are those of tokens, not of heads
+        out = out.numbers()
       out = self.to_tokens(out.reshape(b, frames, tokens, *out.shape[2:]))
       return out.reshape(b, -1, *out.shape[3:]), handed_out
 
