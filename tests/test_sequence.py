@@ -11,7 +11,6 @@ import pytest
 
 from longlive_jax.generate import on_mesh
 from longlive_jax.generate.sampler import Sampling
-from longlive_jax.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "check_parallel.py"
@@ -398,7 +397,3 @@ def test_numbers_of_devices_that_cannot_be(change, message):
 def test_an_unknown_exchange_format():
   with pytest.raises(ValueError, match="exchange_format='fp4' is unknown; use"):
     Sampling(exchange_format="fp4")
-
-
-def test_a_single_device_is_no_mesh():
-  assert meshes.generation_mesh(1, 1, 1) is None
