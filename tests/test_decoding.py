@@ -84,7 +84,7 @@ def moved(program):
 
 
 def split(count, y, x):
-  where = decoding.placement("split", meshes.data_mesh(count), y, x)
+  where = decoding.placement("split", meshes.generation_mesh(count), y, x)
   pieces = normal(2, 1, 2, y, x, 8)
   state, alone = (vae.init_decoder_state(video_vae, 1, y, x) for _ in range(2))
   network, state = decoding.place(video_vae, state, where)
@@ -117,6 +117,10 @@ def refusal(*args):
     return str(error)
 
 
+def devices_of(*args):
+  return [device.id for device in decoding.placement(*args).device_set]
+
+
 print(json.dumps({
   "std": float(same.std()),
   "other": bool(np.array_equal(same, other)),
@@ -126,12 +130,10 @@ print(json.dumps({
   "programs": [same_programs, other_programs],
   "rows": split(4, 8, 3),
   "columns": split(8, 3, 8),
-  "uneven": refusal("split", meshes.data_mesh(3), 44, 80),
-  "none_left": refusal("other", meshes.data_mesh(8), 4, 4),
+  "uneven": refusal("split", meshes.generation_mesh(3), 44, 80),
+  "none_left": refusal("other", meshes.generation_mesh(8), 4, 4),
   "unknown": refusal("gpu", None, 4, 4),
-  "beside_two": [
-    d.id for d in decoding.placement("other", meshes.data_mesh(2), 4, 4).device_set
-  ],
+  "beside_two": devices_of("other", meshes.generation_mesh(2), 4, 4),
 }))
 """
 
