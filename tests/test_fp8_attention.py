@@ -47,7 +47,7 @@ def test_numbers(dtype):
   q, k, v = qkv(dtype)
   found = jax.jit(attend)(q, k, v)
   assert isinstance(found, Rows) and found.shape == q.shape and found.dtype == dtype
-  assert found.array.scale.shape == (2, 24, 1, 1)
+  assert found.array.scale.shape == (2, 24, 3, 1)
   want = exact(q, k, v)
   error = np.abs(np.asarray(found.numbers(), np.float64) - want)
   # The output's own rounding, and that of the weights, which averages out.

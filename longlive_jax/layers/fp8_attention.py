@@ -130,8 +130,8 @@ def _cudnn(q: Array, k: Array, v: Array) -> fp8.Rows:
 
 
 def _rows(codes: Array, dtype: jnp.dtype) -> fp8.Rows:
-  """(b, q, n, d), one scale for the heads of a token, as for those of all."""
-  scale = jnp.full((*codes.shape[:2], 1, 1), 1 / OUTPUT_SCALE, jnp.float32)
+  """(b, q, n, d) with the one scale, as rows have it."""
+  scale = jnp.full((*codes.shape[:-1], 1), 1 / OUTPUT_SCALE, jnp.float32)
   return fp8.Rows(fp8.FP8Array(codes, scale), dtype)
 
 

@@ -106,9 +106,8 @@ class Layout:
       out, handed_out = attend(layer, *flat)
       if self.sequence == 1:
         return out, handed_out
-      if isinstance(out, fp8.Rows):  # its scales are those of tokens, not of heads
-        out = out.numbers()
-      out = self.to_tokens(out.reshape(b, frames, tokens, *out.shape[2:]))
+      out = out.reshape(b, frames, tokens, *out.shape[2:])
+      out = jax.tree.map(self.to_tokens, out)  # numbers, or codes and scales
       return out.reshape(b, -1, *out.shape[3:]), handed_out
 
     return around

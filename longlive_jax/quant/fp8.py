@@ -117,7 +117,7 @@ class Rows:
   def reshape(self, *shape: int) -> "Rows":
     """As of an array; rows may become longer where those joined share a scale."""
     codes = self.array.codes.reshape(shape)
-    scale = self.array.scale.reshape(*codes.shape[:-1], 1)
+    scale = self.array.scale.reshape(*codes.shape[:-1], -1)[..., :1]
     return dataclasses.replace(self, array=FP8Array(codes, scale))
 
   def numbers(self) -> Array:
