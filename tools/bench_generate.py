@@ -45,7 +45,8 @@ from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_slots
 from longlive_jax.models import dit
-from longlive_jax.parallel import costs, hardware, plan
+from longlive_jax.parallel import costs, hardware, plan, sequence
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.quant import weights
 
 # Flags belong to the process only when this file is the program: tests import several.
@@ -70,6 +71,12 @@ _PRECISION = flags.DEFINE_enum(
 )
 _KV_FORMAT = flags.DEFINE_enum(
   "kv_format", "", list(kv_slots.NAMES), "Of the cache.", flag_values=_FLAGS
+)
+_SEQUENCE_DEVICES = flags.DEFINE_integer(
+  "sequence_devices", 1, "Devices that share the video.", flag_values=_FLAGS
+)
+_EXCHANGE_FORMAT = flags.DEFINE_enum(
+  "exchange_format", "", list(sequence.FORMATS), "Between them.", flag_values=_FLAGS
 )
 _MEMORY_ONLY = flags.DEFINE_bool(
   "memory_only", False, "One run with the decoder, for its memory.", flag_values=_FLAGS
@@ -97,9 +104,12 @@ def story(config: dit.WanConfig, chunks: int) -> streaming.Story:
 
 def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
   """Streams the story; returns the time at which each chunk was on the host."""
+  mesh = meshes.generation_mesh(sequence=_SEQUENCE_DEVICES.value)
+  model, video_vae = meshes.replicate((model, video_vae), mesh)
   state = streaming.init_state(
     model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x
   )
+  state = streaming.shard_state(state, mesh)
   stamps = [time.perf_counter()]
   chunks = streaming.stream(
     model,
@@ -108,6 +118,7 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
     plot,
     sampling,
     decode_frames=_DECODE_FRAMES.value,
+    mesh=mesh,
     on_state=on_state,
   )
   for chunk in chunks:
@@ -225,7 +236,11 @@ def main(argv: list[str]) -> None:
   if _PROGRAMS.value:
     jax.config.update("jax_compilation_cache_dir", _PROGRAMS.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  sampling = Sampling(steps=_STEPS.value, kv_format=_KV_FORMAT.value)
+  sampling = Sampling(
+    steps=_STEPS.value,
+    kv_format=_KV_FORMAT.value,
+    exchange_format=_EXCHANGE_FORMAT.value,
+  )
   figures: dict[str, Any] = {
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
@@ -237,6 +252,7 @@ def main(argv: list[str]) -> None:
     "decode_frames": _DECODE_FRAMES.value,
     "dtype": _DTYPE.value,
     "precision": _PRECISION.value,
+    "sequence_devices": _SEQUENCE_DEVICES.value,
     "sampling": dataclasses.asdict(sampling),
   }
   if _COMPILE_FOR.value:
