@@ -4,14 +4,16 @@ python launch/generate.py --prompt "a red circle moves left"
 python launch/generate.py --config configs/generate.py:toy --config.steps=8 ...
 python launch/generate.py --config configs/generate.py:ti2v-5b,i2v ...
 python launch/generate.py --config configs/generate.py:toy,nvfp4,kv=nvfp4 ...
-python launch/generate.py --config configs/generate.py:ti2v-5b,fp8,kv=fp8 ...
+python launch/generate.py \
+  --config configs/generate.py:ti2v-5b,fp8,attention=fp8,kv=e4m3 ...
 """
 
 import ml_collections
 
 PRECISIONS = {"nvfp4": "w4a16", "w4a4": "w4a4", "fp8": "fp8"}
-KV_FORMATS = {"kv=nvfp4": "nvfp4", "kv=fp8": "fp8"}
-OPTIONS = ("i2v", "no_sinks", "float32", "random", *PRECISIONS, *KV_FORMATS)
+KV_FORMATS = {"kv=nvfp4": "nvfp4", "kv=fp8": "fp8", "kv=e4m3": "e4m3"}
+OPTIONS = ("i2v", "no_sinks", "float32", "random", "attention=fp8",
+           *PRECISIONS, *KV_FORMATS)  # fmt: skip
 
 
 def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
@@ -22,8 +24,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
       must start from an image), 'no_sinks' (window only, to see what sinks do),
       'float32' (instead of bfloat16 at full size), 'random' (random weights, to
       measure speed), 'nvfp4' (quantise the transformer's weights while loading them),
-      'w4a4' (and its activations as it runs), 'fp8' (both, in 8 bits), 'kv=nvfp4' or
-      'kv=fp8' (quantise the cache).
+      'w4a4' (and its activations as it runs), 'fp8' (both, in 8 bits), 'kv=nvfp4',
+      'kv=fp8' or 'kv=e4m3' (quantise the cache), 'attention=fp8' (multiply in 8 bits
+      in attention, too; fastest with 'kv=e4m3').
 
   Raises:
     ValueError: unknown size or option, or two that exclude each other.
@@ -56,8 +59,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
 
   # Numbers. `precision` quantises the transformer while it is loaded, 'w4a16' and
   # 'w8a16' its weights, 'w4a4' and 'fp8' also what is multiplied with them; '' takes a
-  # checkpoint as it is, quantised or not. `kv_format` is that of the cache. Rules and
-  # smoothing are those of NVFP4.
+  # checkpoint as it is, quantised or not. `kv_format` is that of the cache: 'nvfp4',
+  # 'fp8' with a scale a frame, or 'e4m3' without, as `attention_format` 'fp8' reads it.
+  # Rules and smoothing are those of NVFP4.
   config.precision = ""
   config.precision_rule = "static_6"  # lost least: README, "In 4 bits"
   config.precision_layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
@@ -66,6 +70,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.kv_format = ""
   config.kv_smoothing = "token_mean"
   config.kv_rule = "mse"
+  config.attention_format = ""
 
   # Picture and length. Clips of 24 frames a second; one chunk is
   # 4 * frames_per_chunk video frames.
@@ -95,10 +100,12 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # `guidance_devices` = 2, one with and one without prompt, times `sequence_devices`,
   # which share the tokens of a video and must divide the transformer's heads; keys and
   # values go between them as numbers in `exchange_format`: '', 'fp8' or 'nvfp4'.
-  # `decode_frames` are decoded at a time: more is faster, less needs less memory.
-  # `plan` fills in what is not set: layout, and fewer bits if nothing else fits; 'off',
-  # or 'auto' with the rates of a machine as tools/bench_generate.py --out=FILE measured
-  # them: FILE.
+  # `decode_frames` are decoded at a time, the last stages in `decode_tiles`: more
+  # frames are faster, fewer frames and more tiles need less memory. `decode_on` says
+  # where: on the 'same' devices, on an 'other' one, the next, or with every picture
+  # 'split' over all of them. `plan` fills in what is not set: layout, and fewer bits if
+  # nothing else fits; 'off', or 'auto' with the rates of a machine as
+  # tools/bench_generate.py --out=FILE measured them: FILE.
   config.i2v = False
   config.seed = 0
   config.plan = "auto"
@@ -107,6 +114,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.sequence_devices = 1
   config.exchange_format = ""
   config.decode_frames = 8
+  config.decode_tiles = 1
+  config.decode_on = "same"
   config.cache_dir = "~/.cache/longlive_jax/text"
   config.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
 
@@ -127,6 +136,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     config.multi_shot_sink = False
   if "float32" in options:
     config.dtype = "float32"
+  if "attention=fp8" in options:
+    config.attention_format = "fp8"
   if "random" in options:
     config.weights = "random"
   for option in options:

@@ -41,6 +41,7 @@ from ml_collections import config_flags
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import (
+  decoding,
   networks,
   on_mesh,
   planning,
@@ -51,9 +52,10 @@ from longlive_jax.generate import (
   sampler,
   snapshots,
   storyboard,
+  worker,
 )
 from longlive_jax.generate import stream as streams
-from longlive_jax.models import text, vae
+from longlive_jax.models import text, vae, vae_tiles
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.parallel import plan
 from longlive_jax.programs import keep_programs
@@ -160,6 +162,7 @@ def run(
         f"continue_from={options.continue_from} holds {len(given)} videos for "
         f"{board.batch} storyboards; give one, or as many"
       )
+  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
   mesh = find_mesh(config, sources, board.batch)
   if mesh is not None:
     asked = {*asked, "devices"}  # the planner leaves the others to whoever set some
@@ -173,6 +176,10 @@ def run(
     config = ml_collections.ConfigDict({**config, **planned.changes})
     sampling, sources = find_networks(config)
     mesh = find_mesh(config, sources, board.batch)
+  decode_on = decoding.placement(config.decode_on, mesh, y, x)
+  if config.decode_tiles != 1:
+    decoder = store.abstract_network("vae", sources.vae.config).decoder
+    vae_tiles.check(decoder.upsamples, decoder.head, y, x, config.decode_tiles)
   output = request.check_folder(options.output)
   check_overwrites(options, output, snapshot)
   if options.save_state:
@@ -205,7 +212,6 @@ def run(
   watch.part("prompts")
 
   # ------------------------------------------------------------------ networks
-  y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
   init_state = functools.partial(
     streams.init_state,
     sampling=sampling,
@@ -217,11 +223,13 @@ def run(
   # What is compiled needs no weights: they are read in the meantime.
   parts = [networks.abstract(part, config.dtype) for part in (sources.dit, sources.vae)]
   empty = jax.eval_shape(lambda: init_state(*parts))
-  decoding = {"decode_frames": config.decode_frames, "mesh": mesh}
+  how = {name: config[name] for name in ("decode_frames", "decode_tiles")}
   with futures.ThreadPoolExecutor(1) as thread:
     if options.mode == "stream":
       steps = (*parts, empty, story, sampling)
-      programs = thread.submit(streams.compile_ahead, *steps, **decoding)
+      programs = thread.submit(
+        streams.compile_ahead, *steps, **how, mesh=mesh, decode_on=decode_on
+      )
     video_vae = networks.load(sources.vae, config.dtype)
     model = networks.load(sources.dit, config.dtype)
     watch.part("load")
@@ -257,7 +265,9 @@ def run(
         first_chunk = done = int(state.chunk)
         if writes and (left := snapshots.unwritten(snapshot)):
           record.add(left)
-      model, video_vae = meshes.replicate((model, video_vae), mesh)
+      model = meshes.replicate(model, mesh)
+      video_vae, decoder = decoding.place(video_vae, state.decoder, decode_on)
+      state = dataclasses.replace(state, decoder=decoder)
       bar = report.ProgressBar(story.chunks, "chunks")
 
       def keep(chunks_done: int, new: streams.StreamState) -> None:
@@ -270,27 +280,39 @@ def run(
         except DISK_ERRORS as failed:
           stop.reason = stop.reason or f"state after chunk {done} not saved: {failed}"
 
+      def write(chunk: streams.StreamedChunk) -> None:
+        """Waits for frames and encodes them, while later chunks are denoised."""
+        frames = chunk.frames
+        record.add(frames if writes else (), story.shot[chunk.index or 0])
+        watch.frames(frames.shape[0] * frames.shape[1])
+        if record.failure is not None and not stop:
+          stop.reason = str(record.failure)
+        speed = f"{watch.loop_fps:.1f} FPS" if watch.loop_fps else ""
+        bar.update((chunk.index or 0) + 1, speed)
+
       try:
-        for chunk in streams.stream(
-          model,
-          video_vae,
-          state,
-          story,
-          sampling,
-          image=image,
-          given=given,
-          **decoding,
-          should_stop=lambda: meshes.any_process(bool(stop)),
-          on_state=keep,
-        ):
-          record.add(chunk.frames if writes else (), story.shot[chunk.index or 0])
-          watch.frames(chunk.frames.shape[0] * chunk.frames.shape[1])
-          if record.failure is not None and not stop:
-            stop.reason = str(record.failure)
-          speed = f"{watch.loop_fps:.1f} FPS" if watch.loop_fps else ""
-          bar.update((chunk.index or 0) + 1, speed)
+        with worker.Worker(write) as writer:
+          # Several processes fetch frames together, so in the order of all else.
+          hand_over = write if jax.process_count() > 1 else writer.put
+          for chunk in streams.stream(
+            model,
+            video_vae,
+            state,
+            story,
+            sampling,
+            image=image,
+            given=given,
+            **how,
+            mesh=mesh,
+            should_stop=lambda: meshes.any_process(bool(stop)),
+            on_state=keep,
+          ):
+            hand_over(chunk)
       except FloatingPointError as failed:
         error, state = str(failed), None  # what came before is worth keeping
+      except Exception:
+        record.close()  # the videos so far play, whatever ended the run
+        raise
   unwritten = record.close()
   error = error or (str(record.failure) if record.failure else "")
 
@@ -442,6 +464,15 @@ def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
       f"save_state={options.save_state} needs a run of one process, not of "
       f"{jax.process_count()}; leave it out"
     )
+  if config.decode_on == "split" and config.decode_tiles != 1:
+    raise ValueError(
+      f"decode_tiles={config.decode_tiles} needs decode_on='same' or 'other': 'split' "
+      "shares the picture already"
+    )
+  if options.mode == "bidirectional" and config.decode_on != "same":
+    raise ValueError(f"decode_on={config.decode_on!r} needs --mode=stream")
+  if options.mode == "bidirectional" and config.decode_tiles != 1:
+    raise ValueError(f"decode_tiles={config.decode_tiles} needs --mode=stream")
   if config.decode_frames < 1:
     raise ValueError(
       f"decode_frames={config.decode_frames} must be at least 1; use 1 for the least "

@@ -25,7 +25,6 @@ def quick_compiling() -> Iterator[None]:
   last bits of number formats keep them: they fuse products and sums, which rounds once
   where source code rounds twice.
   """
-  before = jax.config.jax_disable_most_optimizations
   jax.config.update("jax_disable_most_optimizations", True)
   yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  jax.config.update("jax_disable_most_optimizations", False)

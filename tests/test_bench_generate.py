@@ -27,27 +27,27 @@ def figures_of(tmp_path, *flags: str) -> dict:
   return json.loads(out.read_text())
 
 
-FEW = ("--chunks=5", "--steps=1", "--precision=w4a16", "--kv_format=nvfp4")
+FEW = ("--chunks=5", "--steps=1", "--height=32", "--width=32")
 
 
 def test_figures_of_a_run_with_its_decoder(tmp_path, capsys):
   trace = tmp_path / "trace"
   figures = figures_of(tmp_path, *FEW, f"--profile={trace}")
-  assert figures["precision"] == "w4a16" and figures["versions"]["jax"]
+  assert figures["device"] and figures["versions"]["jax"]
   for kind in ("dit", "end_to_end"):
     ms = [figures[f"{kind}_chunk_ms_{name}"] for name in ("median", "p90", "p99")]
     assert 0 < ms[0] <= ms[1] <= ms[2]
     assert figures[f"{kind}_fps"] == pytest.approx(32e3 / ms[0])
-    assert figures[f"{kind}_first_chunk_cold_s"] > figures[f"{kind}_first_chunk_warm_s"]
+    assert figures[f"{kind}_first_chunk_warm_s"] > 0
+  assert figures["first_chunk_cold_s"] > figures["compile_s"] > 0
+  assert figures["compilations"] >= 2
   assert figures["programs"] == {"denoise": 1, "remember": 0, "decode": 1}
   assert figures["programs_after_warm_up"] == 0
-  assert figures["bytes"]["transformer"]["nvfp4"] > 0
   assert figures["bytes"].keys() == {"transformer", "cache", "vae", "decoder_state"}
-  for program in ("denoise", "decode"):
-    assert figures["compiled"][program]["temporary_bytes"] > 0
-    assert figures["compiled"][program]["compile_s"] > 0
-
-  stages = figures["stages"]
+  program, stages = figures["denoise_program"], figures["stages"]
+  assert program["temporary_bytes"] > 0
+  assert program["aliased_bytes"] >= sum(figures["bytes"]["cache"].values())
+  assert stages["vae"]["temporary_bytes"] > 0
   assert {"patch_embedding", "qkv", "norm_rope", "attention", "cross_attention", "ffn",
           "head", "cache_write", "vae"} < stages.keys()  # fmt: skip
   found = sum(row["chunk_ms"] for name, row in stages.items() if name != "vae")
@@ -57,7 +57,7 @@ def test_figures_of_a_run_with_its_decoder(tmp_path, capsys):
   )
   # The planner reads these rates; by their shares they give the measured chunk again.
   rates = hardware.measured_hardware(tmp_path / "figures.json")
-  work = costs.Work(1, 8, 32, 4, 1, 2, "w4a16", "nvfp4")
+  work = costs.Work(1, 8, 32, 1, 1, 2)
   seconds = sum(
     stage.calls * rates.floor(stage)
     for stage in costs.transformer_stages(dit.size("test"), work).values()
@@ -70,7 +70,10 @@ def test_figures_of_a_run_with_its_decoder(tmp_path, capsys):
 
 
 def test_peaks_of_a_run(tmp_path):
-  figures = figures_of(tmp_path, *FEW, "--memory_only", "--latents_only")
+  packed = ("--precision=w4a16", "--kv_format=nvfp4")
+  figures = figures_of(tmp_path, *FEW, *packed, "--memory_only", "--latents_only")
+  assert figures["precision"] == "w4a16" and figures["bytes"]["cache"]["nvfp4"] > 0
+  assert figures["bytes"]["transformer"]["nvfp4"] > 0
   assert "peak_bytes_after_5_chunks" in figures and "stages" not in figures
 
 
@@ -93,9 +96,9 @@ def test_stages_are_those_of_the_cost_model(kv_format):
   work = costs.Work(1, 8, 32, 64, 4, 2, "", kv_format)
   stages = costs.transformer_stages(config, work)
   assert cases.keys() == stages.keys()
-  for name in ("norm_rope", "cache_read", "attention"):
+  for name in ("cache_read", "attention"):
     case = cases[name]
-    arrays = [a for a in jax.tree.leaves(case.arguments) if a.size > 1e4]
+    arrays = jax.tree.leaves(case.arguments)
     arrays += jax.tree.leaves(jax.eval_shape(case.function, *case.arguments))
     moved = sum(a.size * a.dtype.itemsize for a in arrays)
     assert stages[name].bytes == pytest.approx(moved, rel=0.2), name
@@ -107,9 +110,9 @@ def test_carried_arguments_are_handed_on():
   case = bench_stages.Case(
     "vae", lambda state, step: (state + step, state), (state, jnp.ones(3)), True
   )
-  assert bench_stages.seconds(case, rounds=2, budget=0.0) > 0
+  assert bench_stages.timed(case, rounds=2, budget=0.0).seconds > 0
   np.testing.assert_array_equal(state, 0)
-  video_vae = bench_networks.random_networks("test", "test", jnp.float32)[1]
+  video_vae = store.abstract_network("vae", vae.VAE_SIZES["test"])
   decode = bench_stages.decode_case(video_vae, 2, 4, 4)
   state, frames = jax.eval_shape(decode.function, *decode.arguments)
   assert frames.shape == (1, 8, 64, 64, 3) and frames.dtype == jnp.uint8

@@ -39,6 +39,11 @@ def test_every_case_fits_the_real_shapes():
     assert jax.eval_shape(function, *shapes) is not None
     kernels.add(labels["kernel"])
   assert kernels == {
+    "fp8_rows",
+    "fp8_modulate",
+    "fp8_gelu",
+    "fp8_matmul",
+    "fp8_attention",
     "quantise",
     "quantise_dynamic",
     "modulate_quantise",

@@ -155,3 +155,12 @@ def test_weights_in_fewer_bits_are_read_in_fewer_bytes():
   # Unpacked in front of the product: written, and read again.
   assert ffn("w4a16").bytes - ffn("").bytes == (4.5 / 8 + 2) * numbers
   assert {cost.unit for cost in ffn("fp8").costs} == {"matrix_fp8", "matrix"}
+
+
+def test_attention_in_eight_bits():
+  plain, eight = (
+    costs.transformer_stages(FULL, full_work(attention_format=name))["attention"]
+    for name in ("", "fp8")
+  )
+  assert eight.flops == plain.flops and 2 * eight.bytes == plain.bytes
+  assert eight.costs[0].unit == "attention_fp8"

@@ -1,5 +1,6 @@
 """launch/generate.py end to end, with tiny networks of random weights."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import imageio_ffmpeg
 import jax
@@ -19,9 +21,20 @@ from PIL import Image
 
 from longlive_jax.checkpoint import quantised, store
 from longlive_jax.data.video import VideoWriter
-from longlive_jax.generate import networks, report, request, resuming, stream
+from longlive_jax.generate import (
+  networks,
+  planning,
+  recorder,
+  report,
+  request,
+  resuming,
+  snapshots,
+  stream,
+)
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.models.text import train_toy_tokenizer
+from longlive_jax.parallel import hardware, plan
+from longlive_jax.parallel.hardware import HARDWARE
 from longlive_jax.quant.weights import BLOCK_LINEARS
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -103,6 +116,7 @@ def test_prompts_to_video(generate, config, tmp_path):
     assert sheet.size == (2 * 64, 2 * 32)  # two shots, two chunks each
   saved = json.loads((out / "run.json").read_text())
   assert saved["chunks"] == [0, 4] and saved["config"]["steps"] == 2
+  assert saved["plan"]["filled_in"] == {} and saved["plan"]["predicted"]["fps"] > 0
   assert saved["storyboard"][0]["cuts"] == [False, False, True, False]
   assert saved["versions"]["jax"] == jax.__version__ and saved["seed"] == 0
   assert saved["device"]["count"] >= 1
@@ -212,6 +226,34 @@ def test_a_command_line_over_the_settings_of_a_saved_run(generate):
     resuming.resumed_settings(config, saved, {})
 
 
+def test_what_the_planner_fills_in(generate, config, tmp_path, monkeypatch):
+  """A machine in which the cache fits in 8 bits only; a resumed run keeps them."""
+  workload = planning.workload(config, generate.find_networks(config)[1], 1)
+  small = dataclasses.replace(HARDWARE["cpu"], kind="small")
+  sizes = [
+    plan.predict(workload, small, plan.Plan(kv_format=kv_format)).peak
+    for kv_format in ("", "fp8")
+  ]
+  assert sizes[1] < sizes[0]
+  small = dataclasses.replace(small, memory=(sizes[0] + sizes[1]) / 2 / plan.USABLE)
+  monkeypatch.setattr(hardware, "this_machine", lambda: small)
+  states = str(tmp_path / "states")
+  options = generate.Options(
+    prompt=("a",), chunks=2, output=str(tmp_path / "a"), save_state=states
+  )
+  with pytest.raises(ValueError, match=r"GB more than a small has .* would fit"):
+    generate.run(config, options, {"kv_format", "precision"})
+  result = generate.run(config, options)
+  assert result["config"]["kv_format"] == "fp8" and config.kv_format == ""
+  assert "kv_format" in result["planned"]
+  saved = store.load_metadata(result["state"])
+  resumed = config.copy_and_resolve_references()
+  resumed.update(planning.kept_settings(saved))
+  more = generate.Options(prompt=("b",), chunks=1, output=str(tmp_path / "b"),
+                          resume=states)  # fmt: skip
+  assert generate.run(resumed, more)["config"]["kv_format"] == "fp8"
+
+
 def test_a_tilde_is_the_home_folder(generate, config, tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.chdir(tmp_path)
@@ -316,6 +358,39 @@ def test_full_disk_loses_no_frame(generate, config, tmp_path):
   assert frames_in(tmp_path / "rest" / "video.mp4") == (done + 1) * 8 - 3
 
 
+def test_an_error_beside_the_denoising_ends_the_run(
+  generate, config, tmp_path, monkeypatch
+):
+  """With its own words; the video so far plays, and saved states stay."""
+  add, threads = recorder.Recorder.add, set()
+
+  def fail(self, frames, shots=None):
+    threads.add(threading.current_thread())
+    if shots is not None and self._sent[0]:
+      raise RuntimeError("the contact sheet tore")
+    add(self, frames, shots)
+
+  monkeypatch.setattr(recorder.Recorder, "add", fail)
+  out, states = tmp_path / "out", tmp_path / "states"
+  options = generate.Options(
+    prompt=("a",), chunks=9, output=str(out), save_state=str(states), save_every=1
+  )
+  with pytest.raises(RuntimeError, match="the contact sheet tore") as caught:
+    generate.run(config, options)
+  assert "write" in [frame.name for frame in caught.traceback]
+  assert threading.main_thread() not in threads
+  assert frames_in(out / "video.mp4") == 5
+  saved = snapshots.chunks(states)
+  # The fourth chunk waits for the second, which failed, while the fifth is denoised.
+  assert 1 in saved and saved[-1] <= 4
+  monkeypatch.undo()
+  options = generate.Options(
+    output=str(tmp_path / "rest"), resume=str(states), rewind_to=1
+  )
+  assert generate.run(config, options)["chunks"] == [1, 9]
+  assert frames_in(tmp_path / "rest" / "video.mp4") == 8 * 8
+
+
 def test_latents_that_are_not_finite(generate, config, weights, tmp_path):
   bad = store.load_network(weights / "dit", "dit")
   bad.head.linear.bias.set_value(bad.head.linear.bias[...] * np.nan)
@@ -391,6 +466,20 @@ BAD = [
   (dict(guidance_devices=2, guidance=1.0), {}, "guidance_devices=2 needs guidance"),
   (dict(exchange_format="fp4"), {}, "exchange_format=.fp4. is unknown"),
   (dict(decode_frames=0), {}, "decode_frames=0 must be at least 1; use 1"),
+  (dict(decode_tiles=2), {}, r"decode_tiles=2 does not make equal .* one of \[1\]"),
+  (dict(decode_on="other"), {}, "decode_on='other' needs a device beside the 1 of"),
+  (dict(decode_on="gpu"), {}, "decode_on='gpu' is unknown; use same, other or split"),
+  (dict(decode_on="split", decode_tiles=2), {}, "decode_tiles=2 needs decode_on='same"),
+  (
+    dict(decode_on="other"),
+    dict(mode="bidirectional"),
+    "decode_on='other' needs --mode=stream",
+  ),
+  (
+    dict(decode_tiles=2),
+    dict(mode="bidirectional"),
+    "decode_tiles=2 needs --mode=stream",
+  ),
   (dict(precision="fp5"), {}, "precision='fp5' is unknown; use w4a16"),
   (dict(precision="w4a16", precision_rule="x"), {}, "rule='x' is unknown; use"),
   (
@@ -490,6 +579,9 @@ def test_config_arguments():
   assert get_config("toy,w4a4").precision == "w4a4"
   eight = get_config("toy,fp8,kv=fp8")
   assert (eight.precision, eight.kv_format) == ("fp8", "fp8")
+  assert (eight.attention_format, plain.attention_format) == ("", "")
+  fast = get_config("ti2v-5b,fp8,attention=fp8,kv=e4m3")
+  assert (fast.attention_format, fast.kv_format) == ("fp8", "e4m3")
   assert plain.precision_layers == BLOCK_LINEARS
   with pytest.raises(ValueError, match="'nvfp4' and 'w4a4' exclude each other"):
     get_config("toy,nvfp4,w4a4")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from kernel_runs import CPU, compile_offline, compiled, expected, needs_gpu, on_gpu
 from random_weights import normal
-from triton_interpreter import DTYPES, Interpreter
 
 from longlive_jax.kernels import (
   launch,
@@ -26,63 +26,10 @@ from longlive_jax.layers.norm import layer_norm
 from longlive_jax.quant import nvfp4
 from longlive_jax.quant.nvfp4 import NVFP4Array
 
+pytest_plugins = ["kernel_fixtures"]
+
 TINY = SIZES["test"]
 B5 = SIZES["ti2v-5b"]
-CPU = jax.devices("cpu")[0]
-on_gpu = jax.default_backend() == "gpu"
-needs_gpu = pytest.mark.skipif(not on_gpu, reason="no GPU")
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-  pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-  with Interpreter() as process:
-    yield process
-
-
-@pytest.fixture(params=["jnp", "interpreter", pytest.param("triton", marks=needs_gpu)])
-def run(request):
-  """run(public function, *args, **settings) in one of the three ways.
-
-  The interpreter runs what the function calls for Triton, which has no defaults;
-  `internal` are settings that only this has.
-  """
-  if request.param == "interpreter":
-    process = request.getfixturevalue("interpreter")
-
-    def interpret(function, *args, internal=None, **settings):
-      module = function.__module__.rpartition(".")[2]
-      return process(module, *args, **settings, **(internal or {}))
-
-    return interpret
-
-  def call(function, *args, internal=None, **settings):
-    return compiled(function, *args, **settings, implementation=request.param)
-
-  return call
-
-
-@functools.cache
-def jitted(function, static):
-  return jax.jit(functools.partial(function, **dict(static)))
-
-
-def compiled(function, *args, **settings):
-  """function(*args, **settings), jitted; settings that are no arrays are static."""
-  arrays = {k: v for k, v in settings.items() if isinstance(v, jax.Array)}
-  static = tuple((k, v) for k, v in settings.items() if k not in arrays)
-  return jitted(function, static)(*args, **arrays)
-
-
-def expected(function, *args, **settings):
-  """On the CPU, whatever the default: its divisions are known to round correctly."""
-  args, settings = jax.tree.map(
-    lambda x: jax.device_put(x, CPU) if isinstance(x, jax.Array) else x,
-    (args, settings),
-  )
-  return jax.tree.map(np.asarray, compiled(function, *args, **settings))
-
-
 def keys(dtype, scale: float = 1.0) -> jax.Array:
   """(frames, tokens, heads, head_dim) of unequal blocks, with zeros of both signs."""
   rng = np.random.default_rng(0)
@@ -437,33 +384,6 @@ def calls_at_real_size() -> dict[str, launch.Call]:
     "modulate": modulate_quantise.encode_call(x, row, row, 1e-6, S((), f32), "mse"),
     "modulate-largest": modulate_quantise.largest_call(x, row, row, 1e-6),
   }
-
-
-def compile_offline(call: launch.Call, capability: int):
-  """Triton's compilation for a GPU that need not be there, with ptxas at the end."""
-  triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
-  from triton.backends.compiler import GPUTarget
-  from triton.compiler import ASTSource
-
-  pointers = {
-    name: "*" + DTYPES[array.dtype.name]
-    for name, array in zip(
-      call.kernel.arg_names, (*call.inputs, *call.outputs), strict=False
-    )
-  }
-  source = ASTSource(
-    call.kernel,
-    {**pointers, **dict.fromkeys(call.constants, "constexpr")},
-    dict(call.constants),
-    {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
-  )
-  options = {
-    "num_warps": call.num_warps,
-    "num_stages": call.num_stages,
-    "enable_fp_fusion": False,
-  }
-  target = GPUTarget("cuda", capability, 32)
-  return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize("capability", [90, 100])

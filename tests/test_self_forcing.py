@@ -13,11 +13,19 @@ from longlive_jax.layers import kv_cache
 from longlive_jax.models import dit
 from longlive_jax.train import self_forcing
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 SAMPLING = sampler.Sampling(
-  frames_per_chunk=2, window_frames=6, sink_frames=2, steps=3, shot_rope_offset=2.0
+  frames_per_chunk=2,
+  window_frames=4,  # the third chunk evicts the second
+  sink_frames=2,
+  multi_shot_sink=False,
+  shot_rope_offset=2.0,
+  steps=2,
 )
 PLAIN = self_forcing.RolloutSettings(SAMPLING)
-CHUNKS, B, N, Y = 4, 1, 2, 2
+B, N, Y = 1, 2, 2
+EXITS = (1, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +33,10 @@ def model() -> dit.CausalDiT:
   return random_dit()
 
 
-def _chunks(model, exits=(1, 0, 2, 1), settings=PLAIN) -> self_forcing.RolloutChunks:
+def _chunks(model, exits=EXITS, settings=PLAIN) -> self_forcing.RolloutChunks:
   count, c = len(exits), model.config.in_channels
   frames = np.arange(count * N, dtype=np.int32).reshape(count, B, N)
-  cut = np.arange(count)[:, None] == 2
+  cut = np.arange(count)[:, None] == 1
   shape = (count, B, N, Y, Y, c)
   known = np.zeros((count, B, N), bool)
   known[0, :, 0] = True
@@ -56,15 +64,15 @@ def _cache(model):
   return sampler.init_cache(model, SAMPLING, B, Y, Y)
 
 
-def _unrolled(model, settings, exits):
+def _unrolled(model, settings):
   """The same, chunk by chunk and pass by pass, for plain differentiation."""
-  chunks, cache, pieces = _chunks(model, exits, settings), _cache(model), []
+  chunks, cache, pieces = _chunks(model, EXITS, settings), _cache(model), []
   table = schedule.solver_table("unipc", SAMPLING.steps, SAMPLING.shift)
   features = dit.time_features(
     np.append(table.timesteps, settings.context_noise), model.config.freq_dim
   )
   frozen = jax.lax.stop_gradient(model)
-  for i, last in enumerate(exits):
+  for i, last in enumerate(EXITS):
     one = jax.tree.map(lambda a, i=i: a[i], chunks)
     chunk = one.chunk
     placement = kv_cache.place(cache, chunk.frames)
@@ -111,22 +119,22 @@ def _loss(latents):
   return jnp.mean(latents * normal(*latents.shape, seed=5)) + jnp.mean(latents**2)
 
 
-@pytest.mark.parametrize("through_cache", [False, True])
-@pytest.mark.parametrize("gradient_frames", [-1, 4])
+@pytest.mark.parametrize(
+  ("through_cache", "gradient_frames"), [(False, 4), (True, -1)]
+)
 def test_rollout_and_its_gradient(model, through_cache, gradient_frames):
   settings = self_forcing.RolloutSettings(
     SAMPLING, gradient_frames, context_noise=50.0, through_cache=through_cache
   )
-  exits = (1, 0, 2, 1)
 
   def loss(model):
     latents, cache = self_forcing.rollout(
-      model, _cache(model), _chunks(model, exits, settings), settings
+      model, _cache(model), _chunks(model, EXITS, settings), settings
     )
     return _loss(latents), (latents, cache)
 
   def wanted(model):
-    latents, cache = _unrolled(model, settings, exits)
+    latents, cache = _unrolled(model, settings)
     return _loss(latents), (latents, cache)
 
   (_, (latents, cache)), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
@@ -140,24 +148,6 @@ def test_rollout_and_its_gradient(model, through_cache, gradient_frames):
 
   jax.tree.map(compare, found, want)
   assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found)) > 1e-3
-
-
-def test_the_conventions_differ_and_share_their_numbers(model):
-  def gradient(through_cache):
-    settings = dataclasses.replace(PLAIN, through_cache=through_cache)
-
-    def loss(model):
-      latents, _ = self_forcing.rollout(
-        model, _cache(model), _chunks(model), settings
-      )
-      return _loss(latents), latents
-
-    (_, latents), found = jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
-    return latents, found.blocks.self_attn.v.bias[...]
-
-  (a, detached), (b, through) = gradient(False), gradient(True)
-  np.testing.assert_allclose(a, b, atol=1e-5)
-  assert np.abs(detached - through).max() > 0.01 * np.abs(detached).max()
 
 
 def test_memory_of_the_detached_backward_pass_does_not_grow(model):
@@ -190,7 +180,7 @@ def test_which_chunks_train():
   ("changes", "message"),
   [
     ({"sampling": dataclasses.replace(SAMPLING, guidance=2.0)}, "guidance=2.0 must be"),
-    ({"sampling": dataclasses.replace(SAMPLING, clean_recache=True)}, "clean_recache"),
+    ({"sampling": sampler.Sampling(clean_recache=True)}, "clean_recache=True is for"),
     (
       {
         "sampling": dataclasses.replace(SAMPLING, kv_format="nvfp4"),

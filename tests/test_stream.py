@@ -9,7 +9,7 @@ import pytest
 from random_weights import TINY_VAE, normal, random_dit, random_vae
 
 from longlive_jax.checkpoint import store
-from longlive_jax.generate import snapshots
+from longlive_jax.generate import decoding, snapshots
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.stream import Story, copy_state, stream
@@ -174,6 +174,30 @@ def test_frames_are_those_of_the_whole_decode(model, video_vae, decode_frames):
 def test_without_a_vae_only_latents_come_out(model):
   found = run(model, None, state_for(model, None), story(2), SAMPLING)
   assert [frames for *_, frames in found] == [None, None]
+
+
+def test_the_next_chunk_is_under_way_and_no_frame_is_waited_for(
+  model, video_vae, monkeypatch
+):
+  events, denoise = [], streaming._denoise
+  monkeypatch.setattr(
+    streaming, "_denoise", lambda *args: events.append("denoise") or denoise(*args)
+  )
+  fetch = decoding.Frames.fetch
+  monkeypatch.setattr(
+    decoding.Frames, "fetch", lambda self: events.append("fetch") or fetch(self)
+  )
+  chunks = stream(model, video_vae, state_for(model, video_vae), story(3), SAMPLING)
+  for chunk in chunks:
+    events.append(chunk.index)
+  assert events == ["denoise", "denoise", 0, "denoise", 1, 2]
+  assert chunk.frames.shape[1] == FACTOR * N and events[-1] == "fetch"
+
+
+def test_tiles_are_the_decoders(model, video_vae):
+  with pytest.raises(ValueError, match="decode_tiles=2 does not make equal tiles"):
+    state = state_for(model, video_vae)
+    next(stream(model, video_vae, state, story(1), SAMPLING, decode_tiles=2))
 
 
 # ------------------------------------------------------------------ going back

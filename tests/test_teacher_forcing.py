@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_runs import compile_offline, needs_gpu
 from random_weights import normal
-from test_kernels import compile_offline, needs_gpu
 from triton_interpreter import Interpreter
 
 from longlive_jax.kernels import flash_attention
@@ -127,6 +127,8 @@ def test_the_balanced_order():
   assert [layout.index(p, 1) for p in range(4)] == [2, 3, 6, 7]
   noisy_3 = layout.rectangles()[-1]
   assert noisy_3.queries == (7, 8) and noisy_3.keys == ((0, 2), (4, 5), (7, 8))
+  clean_3 = layout.rectangles()[-2]
+  assert clean_3.queries == (5, 6) and clean_3.keys == ((0, 2), (4, 6))
 
 
 def test_work_of_a_5b_clip():
@@ -267,6 +269,27 @@ def test_nothing_outside_of_the_rectangles_is_read(interpreter, name):
   np.testing.assert_array_equal(finite(dv), ~seen)
 
 
+@needs_gpu
+@pytest.mark.parametrize("case", ["whole_tiles", "odd", "padded", "first_frame"])
+def test_real_tiles(case):
+  """The kernels as they are launched, against cuDNN's pieces."""
+  layout, lengths = {
+    "whole_tiles": (ClipLayout.of_frames(8, 2, 880, ranks=2), None),
+    "odd": (ClipLayout(333, 3), None),
+    "padded": (ClipLayout(300, 4, ranks=2), jnp.array([1200, 700], jnp.int32)),
+    "first_frame": (ClipLayout(880, 3, 110, teacher_forced=False), None),
+  }[case]
+  shape = 2, layout.length, 3, 128
+  *qkv, gradient = (jnp.asarray(normal(*shape, seed=i), jnp.bfloat16) for i in range(4))
+  out, gradients = both(*qkv, layout, lengths, gradient, "triton")
+  want, want_gradients = both(*qkv, layout, lengths, gradient, "pieces")
+  for found, expected in zip((out, *gradients), (want, *want_gradients), strict=True):
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=0.02 * size)
+    assert np.mean(np.abs(found - expected)) < 0.01 * np.mean(np.abs(expected))
+
+
 # ------------------------------------------------------------------ choice and errors
 S = jax.ShapeDtypeStruct
 
@@ -330,8 +353,8 @@ def test_kernels_compile_for_gpus_that_are_not_here(
   layout = ClipLayout.of_frames(32, 8, 880, ranks=ranks)
   x = S((1, layout.length, 24, 128), jnp.bfloat16)
   row = S((1, 24, layout.length), jnp.float32)
-  inputs = (x, x, x, None) if kernel == "forward" else (x, x, x, None, x, row, row)
-  call = getattr(flash_attention, f"{kernel}_call")(*inputs, layout)
+  inputs = (x, x, x) if kernel == "forward" else (x, x, x, x, row, row)
+  call = getattr(flash_attention, f"{kernel}_call")(inputs, None, layout)
   assert call.constants["EVEN"]  # 7,040 tokens a chunk: no tile needs a mask
   compiled = compile_offline(call, capability)
   ptx = compiled.asm["ptx"]

@@ -139,10 +139,11 @@ def serve() -> None:
 
 
 def round_like_a_gpu() -> None:
-  """Puts right what this interpreter does with bfloat16.
+  """Puts right what this interpreter does with bfloat16 and FP8.
 
-  It cuts float32 off to bfloat16, where a GPU rounds to nearest even, and multiplies
-  matrices of the bits of bfloat16 numbers.
+  It cuts float32 off to bfloat16, where a GPU rounds to nearest even, gives other codes
+  in FP8 at the middle between two and for NaN, and multiplies matrices of the bits of
+  bfloat16 numbers.
   """
   import triton.language as tl
   from triton.language.semantic import TritonSemantic
@@ -154,6 +155,13 @@ def round_like_a_gpu() -> None:
         return super().cast_impl(src, dst_type)
       rounded = src.data.astype(ml_dtypes.bfloat16).view(np.uint16)
       return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+    def create_fp_to_fp(self, src, dst_type, rounding):
+      if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.float8e4nv):
+        return super().create_fp_to_fp(src, dst_type, rounding)
+      rounded = src.data.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+      rounded = np.where(np.isnan(src.data), np.uint8(0x7F), rounded)
+      return interpreter.TensorHandle(rounded, tl.float8e4nv)
 
     def create_dot(self, a, b, d, *settings):
       if a.dtype.scalar == tl.bfloat16:

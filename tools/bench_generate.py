@@ -7,14 +7,15 @@ frames. Chunks before the window is full are left out, except where a name says
 otherwise. End to end = from noise to uint8 frames on the host. `dit_chunk_ms_early`
 and `_late` compare the first chunks with a full window and the last ones: a longer
 video must not be slower. Jitter is what the slowest chunk in a hundred takes beyond
-the median. Cold is with nothing compiled, the networks being there.
+the median. Cold is with nothing compiled, but the networks there.
 
 Each stage is also run by itself and held against its floor (bench_stages.py); "other"
 is what a whole chunk takes beyond their sum. The rates of this run are in the JSON as
 `hardware`: launch/generate.py plans with them by --config.plan=FILE. Predicted is what
 parallel/plan.py says by the rates of its own table, without those of this run.
 
-Peaks of memory are those of the process. Compiling a decoder of full size needs more
+Peaks of memory are those of the process, with --latents_only without the decoder.
+Compiling a decoder of full size needs more
 than running it, since convolutions are tried with up to 4 GB of scratch: for the peak
 of running, give the same --programs folder to two runs and take the second, with
 --memory_only.
@@ -40,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from longlive_jax.generate import report
+from longlive_jax.generate import decoding, report
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_slots
@@ -63,11 +64,20 @@ _DTYPE = flags.DEFINE_enum(
 _DECODE_FRAMES = flags.DEFINE_integer(
   "decode_frames", 1, "Latent frames a decode.", flag_values=_FLAGS
 )
+_DECODE_TILES = flags.DEFINE_integer(
+  "decode_tiles", 1, "Tiles of its last stages.", flag_values=_FLAGS
+)
+_DECODE_ON = flags.DEFINE_enum(
+  "decode_on", "same", ["same", "other"], "Device of the VAE.", flag_values=_FLAGS
+)
 _LATENTS_ONLY = flags.DEFINE_bool(
   "latents_only", False, "Leave the decoder out.", flag_values=_FLAGS
 )
 _PRECISION = flags.DEFINE_enum(
   "precision", "", ["", *weights.MODES], "Of the weights.", flag_values=_FLAGS
+)
+_ATTENTION = flags.DEFINE_enum(
+  "attention_format", "", ["", "fp8"], "Of attention's products.", flag_values=_FLAGS
 )
 _KV_FORMAT = flags.DEFINE_enum(
   "kv_format", "", list(kv_slots.NAMES), "Of the cache.", flag_values=_FLAGS
@@ -105,11 +115,15 @@ def story(config: dit.WanConfig, chunks: int) -> streaming.Story:
 def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
   """Streams the story; returns the time at which each chunk was on the host."""
   mesh = meshes.generation_mesh(sequence=_SEQUENCE_DEVICES.value)
-  model, video_vae = meshes.replicate((model, video_vae), mesh)
+  model = meshes.replicate(model, mesh)
   state = streaming.init_state(
     model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x
   )
   state = streaming.shard_state(state, mesh)
+  if video_vae is not None:
+    where = decoding.placement(_DECODE_ON.value, mesh, y, x)
+    video_vae, decoder = decoding.place(video_vae, state.decoder, where)
+    state = dataclasses.replace(state, decoder=decoder)
   stamps = [time.perf_counter()]
   chunks = streaming.stream(
     model,
@@ -119,10 +133,11 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
     sampling,
     decode_frames=_DECODE_FRAMES.value,
     mesh=mesh,
+    decode_tiles=_DECODE_TILES.value,
     on_state=on_state,
   )
   for chunk in chunks:
-    jax.block_until_ready(chunk.latents)
+    jax.block_until_ready((chunk.latents, chunk.frames))
     stamps.append(time.perf_counter())
   return stamps
 
@@ -146,31 +161,32 @@ def percentiles(stamps: list[float], window: int) -> dict[str, float]:
 
 
 def speed(model, video_vae, sampling, plot, y, x) -> dict[str, Any]:
-  """Cold and warm runs, without the decoder first: its memory would hide theirs."""
+  """Runs with the decoder, cold and warm, and without it."""
   window = sampling.window_frames // sampling.frames_per_chunk
   frames = 4 * sampling.frames_per_chunk
   figures: dict[str, Any] = {}
   before = streaming.compiled_programs()
-  for prefix, network in (("dit", None), ("end_to_end", video_vae)):
-    if prefix == "end_to_end":
-      if network is None:
-        break
-      jax.clear_caches()  # else only the decoder would be cold
-      before = streaming.compiled_programs()
-    stamps = run(model, network, sampling, plot, y, x)
-    figures[f"{prefix}_first_chunk_cold_s"] = stamps[1] - stamps[0]
-    warm = streaming.compiled_programs()
+  kinds = {"end_to_end": video_vae} if video_vae is not None else {}
+  for kind, network in {**kinds, "dit": None}.items():
+    first = "programs" not in figures
+    if first:
+      with bench_memory.compilations() as compiling:
+        stamps = run(model, network, sampling, plot, y, x)
+      figures["first_chunk_cold_s"] = stamps[1] - stamps[0]
+      figures["compile_s"], figures["compilations"] = sum(compiling), len(compiling)
+      warm = streaming.compiled_programs()
+      figures["programs"] = {name: warm[name] - before[name] for name in warm}
     stamps = run(model, network, sampling, plot, y, x)
     total = stamps[-1] - stamps[0]
     steady = percentiles(stamps, window)
-    figures |= {f"{prefix}_{name}": value for name, value in steady.items()}
-    figures[f"{prefix}_first_chunk_warm_s"] = stamps[1] - stamps[0]
-    figures[f"{prefix}_fps"] = 1e3 * frames / steady["chunk_ms_median"]
+    figures |= {f"{kind}_{name}": value for name, value in steady.items()}
+    figures[f"{kind}_first_chunk_warm_s"] = stamps[1] - stamps[0]
+    figures[f"{kind}_fps"] = 1e3 * frames / steady["chunk_ms_median"]
     dropped = 0 if network is None else 3  # placeholders of the first latent frame
-    figures[f"{prefix}_fps_all_chunks"] = (frames * plot.chunks - dropped) / total
-    figures[f"{prefix}_peak_bytes"] = figures["peak_bytes"] = report.peak_bytes()
+    figures[f"{kind}_fps_all_chunks"] = (frames * plot.chunks - dropped) / total
+    if first:  # what comes after is less
+      figures["peak_bytes"] = report.peak_bytes()
   after = streaming.compiled_programs()
-  figures["programs"] = {name: warm[name] - before[name] for name in warm}
   figures["programs_after_warm_up"] = sum(after.values()) - sum(warm.values())
   return figures
 
@@ -198,7 +214,8 @@ def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
   work = plan.work_of(workload, settings)
   known = costs.transformer_stages(config, work)
   inputs = jax.jit(bench_stages.stage_inputs, static_argnums=(1, 2, 3))
-  cases = [*bench_stages.transformer_cases(model, inputs(model, sampling, y, x))]
+  given = inputs(model, sampling, y, x)
+  cases = [*bench_stages.transformer_cases(model, given, sampling.attention_format)]
   decode_ms = None
   if video_vae is not None:
     known["vae"] = costs.decode_stage(
@@ -240,6 +257,7 @@ def main(argv: list[str]) -> None:
     steps=_STEPS.value,
     kv_format=_KV_FORMAT.value,
     exchange_format=_EXCHANGE_FORMAT.value,
+    attention_format=_ATTENTION.value,
   )
   figures: dict[str, Any] = {
     "device": jax.devices()[0].device_kind,
@@ -253,6 +271,8 @@ def main(argv: list[str]) -> None:
     "dtype": _DTYPE.value,
     "precision": _PRECISION.value,
     "sequence_devices": _SEQUENCE_DEVICES.value,
+    "decode_on": _DECODE_ON.value,
+    "decode_tiles": _DECODE_TILES.value,
     "sampling": dataclasses.asdict(sampling),
   }
   if _COMPILE_FOR.value:
@@ -284,9 +304,7 @@ def main(argv: list[str]) -> None:
     if _PROFILE.value:
       with jax.profiler.trace(_PROFILE.value):
         run(*everything, plot, y, x)
-    figures["compiled"] = bench_memory.programs(
-      *everything, _DECODE_FRAMES.value, y, x
-    )
+    figures["denoise_program"] = bench_memory.denoise_program(model, sampling, y, x)
     figures |= stages(figures, *everything, y, x)
   finish(figures)
 

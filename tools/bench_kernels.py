@@ -1,4 +1,4 @@
-"""Measures the NVFP4 kernels against XLA, and against copying.
+"""Measures the NVFP4 and FP8 kernels against XLA, and against copying.
 
   python tools/bench_kernels.py --out=tools/results/bench_kernels_h200.json
 
@@ -6,7 +6,8 @@ prints one JSON line a figure: a kernel at one of the shapes of kernels/shapes.p
 one implementation, with its time, the bytes a second that it has to read and write, and
 these as a share of what a copy of as many bytes reaches in the same run. Products with
 packed weights stand beside dequantising the weight before a bfloat16 product (cuBLAS),
-and beside this with plain weights.
+and beside this with plain weights. FP8 products are cuBLAS's in every implementation:
+of ready codes, with sums in 16 or 32 bits, and with the scales that follow or without.
 
   python tools/bench_kernels.py --kernels=teacher_forcing --clips=5s,16s,64s
   python tools/bench_kernels.py --sweep
@@ -37,6 +38,7 @@ from typing import Any
 
 import clip_cases
 import compile_for
+import fp8_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +134,8 @@ def cases(sizes: Sizes, implementation: str) -> Iterator[Case]:
       ),
       rule=rule,
     )  # fmt: skip
+
+  yield from fp8_cases.cases(sizes, implementation)
 
   def packed(key: Array, shape: tuple[int, ...], batch_axes: int = 0):
     return nvfp4.quantise(numbers(key, shape), rule="static_6", batch_axes=batch_axes)

@@ -1,9 +1,9 @@
-"""Memory of generation by part: what stays between chunks, and what programs take."""
+"""What generation compiles, and its memory by part."""
 
-import time
+import contextlib
+from collections.abc import Iterator
 
 import bench_networks
-import bench_stages
 import jax
 import numpy as np
 
@@ -11,32 +11,37 @@ from longlive_jax.generate import sampler
 from longlive_jax.generate import stream as streaming
 from longlive_jax.quant import weights
 
+COMPILING = "/jax/core/compile/backend_compile_duration"
 
-def programs(
-  model, video_vae, sampling, decode_frames, y, x
-) -> dict[str, dict[str, float]]:
-  """Both programs compiled apart: seconds, and the bytes that they take."""
-  found = {}
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+  """Seconds of everything that XLA compiles inside, or reads from its cache."""
+  seconds: list[float] = []
+
+  def listen(event: str, duration: float, **_) -> None:
+    if event == COMPILING:
+      seconds.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seconds
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def denoise_program(model, sampling, y, x) -> dict[str, int]:
+  """Bytes that the program of one chunk takes."""
   cache = jax.eval_shape(lambda: sampler.init_cache(model, sampling, 1, y, x))
   chunk = bench_networks.chunk_inputs(model.config, sampling, y, x)
   step = jax.jit(sampler.denoise_chunk, static_argnums=3, donate_argnums=1)
-  lowered = {"denoise": lambda: step.lower(model, cache, chunk, sampling)}
-  if video_vae is not None:
-    case = bench_stages.decode_case(video_vae, decode_frames, y, x)
-    decode = jax.jit(case.function, donate_argnums=0)
-    lowered["decode"] = lambda: decode.lower(*case.arguments)
-  for name, lower in lowered.items():
-    began = time.perf_counter()
-    compiled = lower().compile()
-    elapsed, memory = time.perf_counter() - began, compiled.memory_analysis()
-    found[name] = {
-      "compile_s": elapsed,
-      "argument_bytes": memory.argument_size_in_bytes,
-      "output_bytes": memory.output_size_in_bytes,
-      "aliased_bytes": memory.alias_size_in_bytes,
-      "temporary_bytes": memory.temp_size_in_bytes,
-    }
-  return found
+  memory = step.lower(model, cache, chunk, sampling).compile().memory_analysis()
+  return {
+    "argument_bytes": memory.argument_size_in_bytes,
+    "output_bytes": memory.output_size_in_bytes,
+    "aliased_bytes": memory.alias_size_in_bytes,
+    "temporary_bytes": memory.temp_size_in_bytes,
+  }
 
 
 def parts(model, video_vae, sampling, y, x) -> dict[str, dict[str, int]]:

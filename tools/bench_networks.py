@@ -36,15 +36,19 @@ def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
       f"vae={vae_size!r} has z_dim={video_vae.z_dim}; {size} has {config.in_channels}"
     )
 
+  def key(seed: int):
+    # rbg: threefry compiles for seconds on a CPU, and again for every shape.
+    return jax.random.key(seed, impl="rbg")
+
   def build():
-    model = dit.CausalDiT(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = dit.CausalDiT(config, dtype=dtype, rngs=nnx.Rngs(key(0)))
     # A fresh head is zero, and matrix units run faster on zeros than on data.
     head = model.head.linear.weight
-    head.set_value(0.02 * jax.random.normal(jax.random.key(1), head.shape, dtype))
+    head.set_value(0.02 * jax.random.normal(key(1), head.shape, dtype))
     return model
 
   def build_vae():
-    network = vae.VideoVAE(video_vae, dtype=dtype, rngs=nnx.Rngs(2))
+    network = vae.VideoVAE(video_vae, dtype=dtype, rngs=nnx.Rngs(key(2)))
     network.encoder = network.conv1 = None
     return network
 

@@ -16,8 +16,7 @@ import numpy as np
 
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
-from longlive_jax.layers import attention, kv_cache, kv_slots, rope
-from longlive_jax.layers.norm import layer_norm
+from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, operand, rope
 from longlive_jax.models import dit, vae
 from longlive_jax.parallel import costs
 from longlive_jax.parallel.hardware import Hardware
@@ -43,40 +42,45 @@ class Case:
   carries: bool = False
 
 
-def seconds(case: Case, rounds: int = 5, budget: float = 0.05) -> float:
-  """Of one call: the median of several rounds of calls that are queued together."""
-  (first, *rest), shape = _split(case.arguments)
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Seconds of a call, and the bytes of its temporaries."""
 
-  def function(first: list[Array], *leaves: Array) -> Any:
+  seconds: float
+  temporaries: int
+
+
+def timed(case: Case, rounds: int = 5, budget: float = 0.05) -> Timing:
+  """The median of several rounds of calls that are queued together."""
+  own, *others = case.arguments
+  leaves, rest = jax.tree.leaves(own), jax.tree.leaves(others)
+  structure = jax.tree.structure(case.arguments)
+
+  def function(first: list[Array], rest: list[Array]) -> Any:
     # Flat: flattening modules for every call would take the host longer than the call.
-    out = case.function(*jax.tree.unflatten(shape, [*first, *leaves]))
-    return (jax.tree.leaves(out[0]), out[1]) if case.carries else out
+    out = case.function(*jax.tree.unflatten(structure, [*first, *rest]))
+    return (jax.tree.leaves(out[0]), out[1]) if case.carries else (first[:0], out)
 
   program = jax.jit(function, donate_argnums=0 if case.carries else ())
+  first = [jnp.copy(leaf) for leaf in leaves] if case.carries else leaves
+  compiled = program.lower(first, rest).compile()
 
   def run(first: list[Array], calls: int) -> tuple[list[Array], float]:
     began = time.perf_counter()
     for _ in range(calls):
-      out = program(first, *rest)
-      first = out[0] if case.carries else first
-    jax.block_until_ready(out)
+      new, out = program(first, rest)
+      first = new if case.carries else first
+    jax.block_until_ready((first, out))
     return first, (time.perf_counter() - began) / calls
 
-  if case.carries:
-    first = [jnp.copy(leaf) for leaf in first]  # the caller's stays
-  first, _ = run(first, 1)  # compiles
+  first, _ = run(first, 1)
   first, once = run(first, 1)
   times = []
   for _ in range(rounds):
     first, each = run(first, int(np.clip(budget / once, 1, 50)))
     times.append(each)
-  return float(np.median(times))
-
-
-def _split(arguments: tuple[Any, ...]) -> tuple[list[Any], Any]:
-  """Leaves, those of the first argument as one list, and the structure of all."""
-  first, leaves = jax.tree.leaves(arguments[0]), jax.tree.leaves(arguments[1:])
-  return [first, *leaves], jax.tree.structure(arguments)
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  return Timing(float(np.median(times)), temporaries)
 
 
 # ------------------------------------------------------------------ stages
@@ -121,12 +125,13 @@ def stage_inputs(
 
 
 def transformer_cases(
-  model: dit.CausalDiT, inputs: Mapping[str, Any]
+  model: dit.CausalDiT, inputs: Mapping[str, Any], attention_format: str = ""
 ) -> Iterator[Case]:
   """Every stage of the transformer.
 
   Args:
     inputs: of `stage_inputs`; of shapes, if nothing is to be run.
+    attention_format: of Sampling.
   """
   c = model.config
 
@@ -134,14 +139,12 @@ def transformer_cases(
     given = {**inputs, "model": model}
     return Case(name, function, tuple(given[name] for name in names), carries)
 
-  def modulated(h: Array, rows: Array) -> Array:
-    return layer_norm(h, c.eps) * (1 + rows[0]) + rows[1]
-
   def embed(model, latents):
     return model.patch_embedding(dit.patchify(latents, c.patch))
 
   def project(block, h, rows):
-    h, own = modulated(h, rows), block.self_attn
+    own = block.self_attn
+    h = operand.modulated(h, rows[0], rows[1], c.eps, (own.q, own.k, own.v))
     return own.q(h), own.k(h), own.v(h)
 
   def norm_rope(block, q, k, rotation):
@@ -153,10 +156,12 @@ def transformer_cases(
     return h + rows[2] * block.self_attn.output(q).reshape(h.shape)
 
   def attend_text(block, h, keys):
-    return h + block.attend_text(block.norm3(h), keys)
+    normed = operand.normed(block.norm3, h, [block.cross_attn.q])
+    return h + block.attend_text(normed, keys)
 
   def feed(block, h, rows):
-    return h + rows[2] * block.ffn(modulated(h, rows))
+    read = operand.modulated(h, rows[0], rows[1], c.eps, [block.ffn.fc1])
+    return h + rows[2] * block.ffn(read)
 
   def write(cache, placement, k, v):
     def encode(layer):
@@ -170,7 +175,8 @@ def transformer_cases(
   yield case("qkv", project, "block", "h", "rows")
   yield case("norm_rope", norm_rope, "block", "projected", "projected", "rotation")
   yield case("cache_read", kv_cache.attended, "placement", "layer", "k", "k")
-  yield case("attention", attention.attention, "q", "window", "window")
+  attend = fp8_attention.by_format(attention_format)
+  yield case("attention", attend, "q", "window", "window")
   yield case("output", output, "block", "h", "q", "rows")
   yield case("cross_attention", attend_text, "block", "h", "text_keys")
   yield case("ffn", feed, "block", "h", "rows")
@@ -189,7 +195,7 @@ def decode_case(video_vae: vae.VideoVAE, frames: int, y: int, x: int) -> Case:
     return state, vae.to_uint8(pixels)
 
   shape = (1, frames, y, x, video_vae.config.z_dim)
-  latents = jax.random.normal(jax.random.key(1), shape)
+  latents = jax.random.normal(jax.random.key(1, impl="rbg"), shape)
   state = vae.init_decoder_state(video_vae, 1, y, x)
   return Case("vae", decode, (state, video_vae, latents), carries=True)
 
@@ -205,11 +211,11 @@ def measured(hardware: Hardware, config: dit.WanConfig, tokens: int, dtype) -> H
   rows, d_in, d_out = (max(512, n) for n in (tokens, config.dim, config.ffn_dim))
 
   def numbers(*shape: int) -> Array:
-    return jax.random.normal(jax.random.key(2), shape, dtype)
+    return jax.random.normal(jax.random.key(2, impl="rbg"), shape, dtype)
 
   x, weight, hidden = numbers(rows, d_in), numbers(d_out, d_in), numbers(rows, d_out)
   product = Case("matrix", lambda x, weight: x @ weight.T, (x, weight))
-  matrix = 2 * rows * d_in * d_out / seconds(product)
+  matrix = 2 * rows * d_in * d_out / timed(product).seconds
   channels, side = 256, max(16, int((hidden.size / 256) ** 0.5))
   convolution = Case(
     "convolution",
@@ -218,9 +224,9 @@ def measured(hardware: Hardware, config: dit.WanConfig, tokens: int, dtype) -> H
     ),
     (numbers(1, side, side, channels), numbers(channels, 3, 3, channels)),
   )
-  convolutions = 2 * side**2 * channels**2 * 9 / seconds(convolution)
+  convolutions = 2 * side**2 * channels**2 * 9 / timed(convolution).seconds
   # Not jnp.copy, which need not read; a sign costs nothing.
-  copy = 2 * hidden.nbytes / seconds(Case("copy", jnp.negative, (hidden,)))
+  copied = timed(Case("copy", jnp.negative, (hidden,)))
   times = []
   for turn in range(3):
     fresh = jax.block_until_ready(hidden + turn)  # a host copy is kept with its array
@@ -234,7 +240,7 @@ def measured(hardware: Hardware, config: dit.WanConfig, tokens: int, dtype) -> H
     matrix_fp8=matrix * hardware.matrix_fp8 / hardware.matrix,
     matrix_fp4=matrix * hardware.matrix_fp4 / hardware.matrix,
     convolution=convolutions,
-    copy=copy,
+    copy=2 * hidden.nbytes / copied.seconds,
     host=hidden.nbytes / float(np.median(times)),
   )
 
@@ -245,15 +251,16 @@ def stage_table(
   """Milliseconds of every stage, by itself and in a chunk, beside its floor."""
   table = {}
   for case in cases:
-    stage, ms = stages[case.name], 1e3 * seconds(case)
+    stage, timing = stages[case.name], timed(case)
     by_operations, by_bytes = stage.flops / hardware.matrix, stage.bytes / hardware.copy
     table[case.name] = {
       "calls": stage.calls,
-      "ms": ms,
+      "ms": 1e3 * timing.seconds,
       "floor_ms": 1e3 * max(by_operations, by_bytes),
-      "chunk_ms": stage.calls * ms,
+      "chunk_ms": 1e3 * stage.calls * timing.seconds,
       "flops": stage.flops,
       "bytes": stage.bytes,
+      "temporary_bytes": timing.temporaries,
     }
   return table
 
@@ -272,7 +279,10 @@ def shares(
     denoise_ms, decode_ms: of a chunk; None without a decoder.
   """
   attention = stages["attention"].flops / (1e-3 * table["attention"]["ms"])
-  hardware = dataclasses.replace(hardware, attention=attention)
+  ratio = hardware.attention_fp8 / hardware.attention
+  hardware = dataclasses.replace(
+    hardware, attention=attention, attention_fp8=ratio * attention
+  )
 
   def share(names: Iterable[str], ms: float) -> float:
     return 1e3 * sum(stages[n].calls * hardware.floor(stages[n]) for n in names) / ms

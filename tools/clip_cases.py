@@ -93,7 +93,7 @@ def sweep(sizes: Sizes, clips: list[str], run: launch.Launcher) -> Iterator[Case
       for tiles in choices:
 
         def function(*arrays, call=call, layout=layout, tiles=tiles):
-          return run(call(*arrays[:3], None, *arrays[3:], layout, tiles))
+          return run(call(arrays, None, layout, tiles))
 
         arguments = functools.partial(_arguments, kernel=kernel, shape=shape)
         labels = {"implementation": "triton", "tiles": dataclasses.asdict(tiles)}

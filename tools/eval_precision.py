@@ -85,6 +85,7 @@ def _kv(rule: str = "mse", smoothing: str = "token_mean") -> tuple:
 
 
 KV_FP8 = (("kv_format", "fp8"),)
+ATTENTION_FP8 = (("attention_format", "fp8"), ("kv_format", "e4m3"))
 
 BASELINE = "plain"
 PLAIN = Precision()
@@ -107,6 +108,8 @@ VARIANTS = {
   "fp8": Variant(Precision("fp8")),
   "kv fp8": Variant(PLAIN, kv=KV_FP8),
   "fp8 + kv fp8": Variant(Precision("fp8"), KV_FP8),
+  "kv e4m3 + attention fp8": Variant(PLAIN, ATTENTION_FP8),
+  "fp8 + kv e4m3 + attention fp8": Variant(Precision("fp8"), ATTENTION_FP8),
   "study w4a4, first and last layer plain": Variant(Precision("w4a4", plain_edges=1)),
   "study w4a4, first step plain": Variant(Precision("w4a4", plain_steps=(0,))),
   "study w4a4, last step plain": Variant(Precision("w4a4", plain_steps=(-1,))),

@@ -308,7 +308,8 @@ def load(source: Source, dtype: str) -> Any:
   if not precision.plain_edges:
     return packed
   plain = _edges_on_host(source, dtype)
-  return precisions.keep_edges(packed, plain, precision.plain_edges)
+  mixed = precisions.keep_edges(packed, plain, precision.plain_edges)
+  return jax.device_put(mixed, jax.devices()[0])  # the edges are not committed yet
 
 
 def _edges_on_host(source: Source, dtype: str) -> Any:

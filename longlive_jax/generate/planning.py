@@ -17,7 +17,7 @@ from longlive_jax.generate.request import SPATIAL
 from longlive_jax.parallel import hardware, plan
 
 # What of `plan.Plan` the planner fills in. The rest is as the config has it:
-# `exchange_format` changes numbers, so it is never chosen for speed.
+# `attention_format` and `exchange_format` change numbers: never chosen for speed.
 SETTINGS = ("devices", "precision", "kv_format", "decode_frames")
 # What a saved state was made with, so that a resumed run keeps it.
 NUMBERS = ("precision", "kv_format")

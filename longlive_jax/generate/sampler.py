@@ -12,6 +12,7 @@ and one for the negative prompt, with a cache of their own: row 2 i and row 2 i 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 
 from longlive_jax.generate import schedule
 from longlive_jax.generate.step_models import Model, choice_of, models_of
-from longlive_jax.layers import attention, kv_cache, kv_slots, rope
+from longlive_jax.layers import attention, fp8_attention, kv_cache, kv_slots, rope
 from longlive_jax.models import dit
 from longlive_jax.parallel import sequence
 from longlive_jax.parallel.sequence import SINGLE, Layout
@@ -50,6 +51,8 @@ class Sampling:
     steps, shift, solver: see generate/schedule.py.
     independent_first_frame: the first chunk is a single frame.
     kv_format, kv_smoothing, kv_rule: what the cache stores, see layers/kv_slots.py.
+    attention_format: '', or 'fp8': attention to a full window multiplies in 8 bits,
+      see layers/fp8_attention.py. Best with kv_format='e4m3', read as it is stored.
     reference: the reference's eviction of pinned frames and one tensor scale a chunk
       in an NVFP4 cache, for parity only.
     exchange_format: what keys and values of a chunk become before they are attended
@@ -73,6 +76,7 @@ class Sampling:
   kv_format: str = ""
   kv_smoothing: str = "token_mean"
   kv_rule: str = "mse"
+  attention_format: str = ""
   reference: bool = False
   exchange_format: str = ""
 
@@ -103,6 +107,7 @@ class Sampling:
     schedule.solver_table(self.solver, self.steps, self.shift)  # checks all three
     kv_slots.KVFormat(self.kv_format, self.kv_smoothing, self.kv_rule)  # and these
     sequence.check_format(self.exchange_format)
+    fp8_attention.by_format(self.attention_format)
 
   @property
   def global_sink_frames(self) -> int:
@@ -189,6 +194,7 @@ def cached_forward(
   temporal: rope.Rotation,
   *,
   t_scale: float = 1.0,
+  attention_format: str = "",
   keep: bool = False,
   remat: bool = False,
   layout: Layout = SINGLE,
@@ -201,7 +207,7 @@ def cached_forward(
     text: embedded text (b, segments, text_len, D), or keys of it.
     temporal: rotation of the chunk's frames (b, f, pairs); unused when the cache
       rotates by window position.
-    t_scale: factor on window positions (relative RoPE).
+    t_scale: factor on window positions (relative RoPE). attention_format: see Sampling.
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
     remat: recompute blocks in the backward pass.
     layout, exchange_format: see parallel/sequence.py; a cache of this device's heads.
@@ -228,7 +234,7 @@ def cached_forward(
   else:
     q_rotation = model.rotation(temporal, y, x)
 
-  def forward(lengths: Array | None):
+  def forward(compute: Callable[[Array, Array, Array], Any]):
     def attend(layer, q, k, v):
       q = rope.rotate(q, q_rotation)
       if not rules.relative_rope:
@@ -238,7 +244,7 @@ def cached_forward(
       keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in (keys, values))
       if rules.relative_rope:
         keys = rope.rotate(keys, k_rotation)
-      out = attention.attention(q, keys, values, lengths=lengths)
+      out = compute(q, keys, values)
       if not keep:
         return out, None
       # Encoded here, layer by layer: all layers' plain keys would not fit beside the
@@ -251,12 +257,15 @@ def cached_forward(
     velocity, kept = model(own, time, text, exchanged, layers, remat=remat)
     return layout.join(velocity, config.patch, y, x), kept
 
-  lengths = placement.length * p
-  if attention.default_implementation(model.dtype) != "cudnn":
-    return forward(lengths)
-  # cuDNN is 12% faster without lengths, and all but the first chunks fill the window.
+  by_length = functools.partial(attention.attention, lengths=placement.length * p)
+  whole = fp8_attention.by_format(attention_format)
+  cudnn = attention.default_implementation(model.dtype) == "cudnn"
+  if whole is attention.attention and not cudnn:
+    return forward(by_length)
+  # cuDNN is 12% faster without lengths, and has none in FP8: all but the first chunks
+  # fill the window.
   full = jnp.all(placement.length == rules.window_frames)
-  return lax.cond(full, lambda: forward(None), lambda: forward(lengths))
+  return lax.cond(full, lambda: forward(whole), lambda: forward(by_length))
 
 
 def clean_pass(
@@ -294,6 +303,7 @@ def clean_pass(
     _text(model, chunk, layout) if text is None else text,
     rows(chunk.temporal),
     t_scale=sampling.t_scale,
+    attention_format=sampling.attention_format,
     keep=True,
     layout=layout,
     exchange_format=sampling.exchange_format,
@@ -343,6 +353,7 @@ def denoise_chunk(
       text,
       temporal,
       t_scale=sampling.t_scale,
+      attention_format=sampling.attention_format,
       layout=layout,
       exchange_format=sampling.exchange_format,
     )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.generate import on_mesh, sampler
+from longlive_jax.generate import decoding, on_mesh, sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers.kv_cache import KVCache
 from longlive_jax.models import dit, vae
@@ -90,12 +90,18 @@ class StreamedChunk:
   Attributes:
     index: chunk number; None for latents that were given.
     latents: (b, f, y, x, c) on the device.
-    frames: uint8 (b, t, h, w, 3) on the host; None without a VAE.
+    decoded: its frames, which may still be in the making, on the decoder's device;
+      None without a VAE.
   """
 
   index: int | None
   latents: Array
-  frames: np.ndarray | None
+  decoded: decoding.Frames | None
+
+  @property
+  def frames(self) -> np.ndarray | None:
+    """uint8 (b, t, h, w, 3) on the host, waited for; None without a VAE."""
+    return self.decoded and self.decoded.fetch()
 
 
 def init_state(
@@ -168,21 +174,6 @@ def _remember(model, cache, latents, chunk, sampling, mesh):
   return on_mesh.clean_pass(model, cache, latents, chunk, sampling, mesh)
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=1)
-def _decode(video_vae, decoder, latents, frames_per_call):
-  """Frames uint8 (b, t, h, w, 3), placeholders included, their number, the state."""
-  b, f, *shape = latents.shape
-
-  def step(decoder, piece):
-    frames, dropped, decoder = vae.decode_chunk(video_vae, decoder, piece)
-    return decoder, (vae.to_uint8(frames), dropped)
-
-  pieces = latents.reshape(b, f // frames_per_call, frames_per_call, *shape)
-  decoder, (frames, dropped) = jax.lax.scan(step, decoder, pieces.swapaxes(0, 1))
-  frames = frames.swapaxes(0, 1)
-  return frames.reshape(b, -1, *frames.shape[3:]), dropped[0], decoder
-
-
 @functools.partial(jax.jit, static_argnums=3)
 def _noise(key, samples, frames, shape):
   key = jax.random.wrap_key_data(key)
@@ -191,8 +182,9 @@ def _noise(key, samples, frames, shape):
 
 def compiled_programs() -> dict[str, int]:
   """How many programs the stream has compiled so far, by step."""
-  steps = {"denoise": _denoise, "remember": _remember, "decode": _decode}
-  return {name: step._cache_size() for name, step in steps.items()}
+  steps = {"denoise": _denoise, "remember": _remember}
+  programs = {name: step._cache_size() for name, step in steps.items()}
+  return programs | {"decode": decoding.compiled_programs()}
 
 
 def compile_ahead(
@@ -203,7 +195,9 @@ def compile_ahead(
   sampling: Sampling,
   *,
   decode_frames: int = 1,
+  decode_tiles: int = 1,
   mesh: jax.sharding.Mesh | None = None,
+  decode_on: jax.sharding.Sharding | None = None,
 ) -> None:
   """Compiles the steps that `stream` will take, so that it finds them compiled.
 
@@ -213,14 +207,18 @@ def compile_ahead(
   Args:
     model, video_vae, state: shapes for arrays, which will be committed to the first
       device, or be spread over the mesh: for arrays elsewhere `stream` compiles again.
-    story, sampling, decode_frames, mesh: as for `stream`.
+    story, sampling, decode_frames, decode_tiles, mesh: as for `stream`.
+    decode_on: from `decoding.placement`; None decodes where everything else is.
   """
   if mesh is None:
-    everything = (model, video_vae, state)
-    model, video_vae, state = meshes.place(everything, jax.local_devices()[0])
+    model, state = meshes.place((model, state), jax.local_devices()[0])
   else:
-    model, video_vae = meshes.replicate((model, video_vae), mesh)
-    state = shard_state(state, mesh)
+    model, state = meshes.replicate(model, mesh), shard_state(state, mesh)
+  decoder = state.decoder
+  if decoder is not None:
+    y, x, _ = state.latent_shape
+    decode_on = decode_on or decoding.placement("same", mesh, y, x)
+    video_vae, decoder = decoding.place(video_vae, decoder, decode_on)
   b, n = state.samples.shape[0], sampling.frames_per_chunk
   for length in [1, n] if sampling.independent_first_frame else [n]:
     frames = meshes.shard_batch(_frame_numbers(b, 0, length), mesh)
@@ -229,9 +227,8 @@ def compile_ahead(
       model.config, sampling, story, 0, 0, noise, None, cut=story.cut[0], mesh=mesh
     )
     latents, _, _ = _outputs(_denoise, model, state.cache, chunk, sampling, mesh)
-    if state.decoder is not None:
-      together = _divisor(length, decode_frames)
-      _outputs(_decode, video_vae, state.decoder, latents, together)
+    if decoder is not None:
+      decoding.compile_ahead(video_vae, decoder, latents, decode_frames, decode_tiles)
 
 
 def _outputs(step: Callable, *arguments) -> tuple[Array, ...]:
@@ -252,14 +249,17 @@ def stream(
   image: Array | None = None,
   given: Array | None = None,
   decode_frames: int = 1,
+  decode_tiles: int = 1,
   mesh: jax.sharding.Mesh | None = None,
   should_stop: Callable[[], bool] = lambda: False,
   on_state: Callable[[int, StreamState], None] | None = None,
 ) -> Iterator[StreamedChunk]:
   """Generates the story's chunks from `state.chunk` on.
 
-  The next chunk is already being denoised while the frames of the last one are
-  fetched. The memory of `state` is reused: keep `copy_state(state)` to branch.
+  A chunk is handed out when the next one is already under way and its own latents are
+  known to be finite; its frames are waited for where they are asked for. So there is
+  never more than one chunk ahead of the caller. The memory of `state` is reused: keep
+  `copy_state(state)` to branch.
 
   Args:
     model, video_vae: networks; without a VAE only latents come out.
@@ -271,6 +271,7 @@ def stream(
     given: latents (b, f, y, x, c) that the video starts with; they are remembered,
       decoded and handed out first. Only looked at while state.frame is 0.
     decode_frames: latent frames that the VAE decodes at a time.
+    decode_tiles: in how many tiles; see `vae.decode_chunk`.
     mesh: of `mesh.generation_mesh`, spreads the work over devices; the state must be
       sharded alike.
     should_stop: asked before each chunk; what is under way is still handed out.
@@ -291,12 +292,7 @@ def stream(
   def decode(decoder, latents):
     if decoder is None:
       return None, None
-    frames, dropped, decoder = _decode(
-      video_vae, decoder, latents, _divisor(latents.shape[1], decode_frames)
-    )
-    for array in (frames, dropped):
-      array.copy_to_host_async()
-    return (frames, dropped), decoder
+    return decoding.decode(video_vae, decoder, latents, decode_frames, decode_tiles)
 
   index, frame = int(state.chunk), int(state.frame)
   pending = None
@@ -306,12 +302,12 @@ def stream(
       piece = jnp.asarray(meshes.shard_batch(piece, mesh))
       chunk = inputs(0, frame, piece, None, cut=np.zeros_like(story.cut[0]))
       cache = _remember(model, state.cache, piece, chunk, sampling, mesh)
-      frames, decoder = decode(state.decoder, piece)
+      decoded, decoder = decode(state.decoder, piece)
       frame += length
       state = dataclasses.replace(
         state, cache=cache, decoder=decoder, frame=state.frame + length
       )
-      yield _fetch(None, piece, None, frames)
+      yield StreamedChunk(None, piece, decoded)
 
   while index < story.chunks and not should_stop():
     alone = sampling.independent_first_frame and frame == 0 and image is None
@@ -332,12 +328,12 @@ def stream(
       finite=state.finite & finite,
     )
     if pending is not None:
-      yield _fetch(*pending)
+      yield _checked(*pending)
     pending = (index - 1, latents, finite, decoded)
     if on_state is not None:
       on_state(index, state)
   if pending is not None:
-    yield _fetch(*pending)
+    yield _checked(*pending)
 
 
 def _check(state, story, sampling, image, given) -> None:
@@ -415,19 +411,11 @@ def _lengths(frames: int, n: int, first_alone: bool) -> list[int]:
   return [1] * first_alone + [n] * ((frames - first_alone) // n)
 
 
-def _divisor(frames: int, most: int) -> int:
-  """The largest divisor of `frames` that is at most `most`."""
-  return next(d for d in range(max(1, min(most, frames)), 0, -1) if frames % d == 0)
-
-
-def _fetch(index, latents, finite, decoded) -> StreamedChunk:
-  """Waits for a chunk and brings its frames to the host."""
-  if finite is not None and not bool(finite):
+def _checked(index, latents, finite, decoded) -> StreamedChunk:
+  """Waits for the latents of a chunk."""
+  if not bool(finite):
     raise FloatingPointError(
       f"chunk={index} has latents that are not finite; the weights or the guidance "
       "scale are likely at fault"
     )
-  if decoded is None:
-    return StreamedChunk(index, latents, None)
-  frames, dropped = meshes.to_host(decoded)
-  return StreamedChunk(index, latents, frames[:, int(dropped[0]) :])
+  return StreamedChunk(index, latents, decoded)

@@ -25,7 +25,8 @@ class Rectangle:
 
   Attributes:
     queries: span of indices.
-    keys: spans of indices: the history, rank by rank, then the chunk itself.
+    keys: spans of indices in the order of positions, as long as they can be: the
+      history, rank by rank, then the chunk itself.
   """
 
   queries: Span
@@ -178,13 +179,16 @@ class ClipLayout:
     found = []
     for chunk in range(self.chunks):
       start, end = self.chunk_span(chunk)
-      history = tuple(
+      history = [
         (self.index(first, 0), self.index(min(first + self.span, start) - 1, 0) + 1)
         for first in range(0, start, self.span)
-      )
+      ]
       for half in range(self.halves):
         own = self.index(start, half), self.index(end - 1, half) + 1
-        found.append(Rectangle(own, (*history, own)))
+        keys = [*history, own]
+        if history and history[-1][1] == own[0]:
+          keys[-2:] = [(history[-1][0], own[1])]
+        found.append(Rectangle(own, tuple(keys)))
     return found
 
   def pairs(self) -> int:

@@ -63,7 +63,7 @@ def forward(
   Raises:
     ValueError: shapes or dtypes that do not fit.
   """
-  out, lse = run(forward_call(q, k, v, lengths, layout, tiles))
+  out, lse = run(forward_call((q, k, v), lengths, layout, tiles))
   return out, lse
 
 
@@ -90,59 +90,43 @@ def backward(
   gradient = gradient.astype(q.dtype)
   products = gradient.astype(jnp.float32) * jnp.asarray(out, jnp.float32)
   delta = jnp.moveaxis(jnp.sum(products, axis=-1), 1, 2)  # (b, n, s)
-  inputs = q, k, v, lengths, gradient, lse, delta
-  (dq,) = run(query_gradient_call(*inputs, layout, query_tiles))
-  dk, dv = run(key_gradient_call(*inputs, layout, key_tiles))
+  inputs = q, k, v, gradient, lse, delta
+  (dq,) = run(query_gradient_call(inputs, lengths, layout, query_tiles))
+  dk, dv = run(key_gradient_call(inputs, lengths, layout, key_tiles))
   return dq, dk, dv
 
 
+Inputs = tuple[Array, ...]
+
+
 def forward_call(
-  q: Array,
-  k: Array,
-  v: Array,
-  lengths: Array | None,
-  layout: ClipLayout,
-  tiles: Tiles = FORWARD,
+  inputs: Inputs, lengths: Array | None, layout: ClipLayout, tiles: Tiles = FORWARD
 ) -> Call:
-  """out (b, s, n, d) and lse (b, n, s)."""
+  """q, k, v -> out (b, s, n, d) and lse (b, n, s)."""
+  q = inputs[0]
   lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-  inputs, outputs = (q, k, v), (jax.ShapeDtypeStruct(q.shape, q.dtype), lse)
+  outputs = jax.ShapeDtypeStruct(q.shape, q.dtype), lse
   return _call(_flash_forward, inputs, lengths, outputs, layout, tiles, by_queries=True)
 
 
 def query_gradient_call(
-  q: Array,
-  k: Array,
-  v: Array,
+  inputs: Inputs,
   lengths: Array | None,
-  gradient: Array,
-  lse: Array,
-  delta: Array,
   layout: ClipLayout,
   tiles: Tiles = QUERY_GRADIENT,
 ) -> Call:
-  """dq (b, s, n, d)."""
-  inputs = q, k, v, gradient, lse, delta
-  outputs = (jax.ShapeDtypeStruct(q.shape, q.dtype),)
+  """q, k, v and the gradient (b, s, n, d), lse and delta (b, n, s) -> dq."""
   kernel = _flash_query_gradient
+  outputs = (jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype),)
   return _call(kernel, inputs, lengths, outputs, layout, tiles, by_queries=True)
 
 
 def key_gradient_call(
-  q: Array,
-  k: Array,
-  v: Array,
-  lengths: Array | None,
-  gradient: Array,
-  lse: Array,
-  delta: Array,
-  layout: ClipLayout,
-  tiles: Tiles = KEY_GRADIENT,
+  inputs: Inputs, lengths: Array | None, layout: ClipLayout, tiles: Tiles = KEY_GRADIENT
 ) -> Call:
-  """dk and dv (b, s, n, d)."""
-  inputs = q, k, v, gradient, lse, delta
-  outputs = (jax.ShapeDtypeStruct(q.shape, q.dtype),) * 2
+  """What `query_gradient_call` takes -> dk and dv."""
   kernel = _flash_key_gradient
+  outputs = (jax.ShapeDtypeStruct(inputs[0].shape, inputs[0].dtype),) * 2
   return _call(kernel, inputs, lengths, outputs, layout, tiles, by_queries=False)
 
 

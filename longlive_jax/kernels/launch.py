@@ -123,18 +123,30 @@ def launch(call: Call) -> list[Array]:
     with jax.named_scope(name):
       return _triton_call(call, inputs)
 
+  instead = "use implementation='jnp', or quantise under nvfp4.fake_quantise"
+  return without_derivative(name, run, instead)(*call.inputs)
+
+
+def without_derivative(
+  name: str, function: Callable[..., Any], instead: str
+) -> Callable[..., Any]:
+  """The function, which raises NotImplementedError under differentiation.
+
+  Args:
+    name: of the kernel.
+    function: of arrays.
+    instead: what the error says to do.
+  """
+
   @jax.custom_jvp
-  def inference(*inputs: Array) -> list[Array]:
-    return run(*inputs)
+  def inference(*inputs: Array) -> Any:
+    return function(*inputs)
 
   @inference.defjvp
   def _(primals, tangents):
-    raise NotImplementedError(
-      f"kernel={name!r} has no derivative; use implementation='jnp', or quantise under "
-      "nvfp4.fake_quantise"
-    )
+    raise NotImplementedError(f"kernel={name!r} has no derivative; {instead}")
 
-  return inference(*call.inputs)
+  return inference
 
 
 def _triton_call(call: Call, inputs: tuple[Array, ...]) -> list[Array]:
@@ -143,7 +155,7 @@ def _triton_call(call: Call, inputs: tuple[Array, ...]) -> list[Array]:
   except ImportError as error:
     raise ValueError(
       "implementation='triton' needs an NVIDIA GPU, JAX's CUDA plugin and jax-triton; "
-      "use implementation='jnp'"
+      "use another implementation, as 'jnp'"
     ) from error
   # Sums of products may not become fused multiply-adds: the codec rounds each step.
   exact = {"enable_fp_fusion": False}

@@ -84,15 +84,20 @@ def reference(
   amax: Array | None,
 ) -> NVFP4Array:
   """`modulate_quantise` in jnp, for any backend."""
-  h = x.astype(jnp.float32)
-  h = h - jnp.mean(h, axis=-1, keepdims=True)
-  h = h * lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-  h = _round(h, x.dtype) * _round(1 + scale.astype(jnp.float32), x.dtype)
-  h = _round(_round(h, x.dtype) + shift.astype(jnp.float32), x.dtype)
+  h = modulated(x, rounded(1 + scale.astype(jnp.float32), x.dtype), shift, eps)
   return nvfp4.quantise(h, rule=rule, batch_axes=batch_axes, amax=amax)
 
 
-def _round(x: Array, dtype: jnp.dtype) -> Array:
+def modulated(x: Array, factor: Array, shift: Array, eps: float) -> Array:
+  """layer_norm(x) * factor + shift in float32, each step rounded to the dtype of x."""
+  h = x.astype(jnp.float32)
+  h = h - jnp.mean(h, axis=-1, keepdims=True)
+  h = h * lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+  h = rounded(rounded(h, x.dtype) * factor.astype(jnp.float32), x.dtype)
+  return rounded(h + shift.astype(jnp.float32), x.dtype)
+
+
+def rounded(x: Array, dtype: jnp.dtype) -> Array:
   """float32 with the precision of `dtype`. Under jit XLA may leave out casts."""
   return lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 

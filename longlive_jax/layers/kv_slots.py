@@ -1,7 +1,8 @@
-"""What the slots of a KV cache are made of: plain numbers, FP8 or NVFP4.
+"""What the slots of a KV cache are made of: plain numbers, E4M3, FP8 or NVFP4.
 
 A slot holds one latent frame of one layer: (p, n, d), tokens, heads, head dim. Plain
-slots are an array (..., slots, p, n, d); an `FP8Array` with one scale a slot, or
+slots are an array (..., slots, p, n, d), in the dtype of the network or in E4M3, which
+is what attention in FP8 multiplies; an `FP8Array` with one scale a slot, or
 `NVFP4Slots`, stand in the same place. Every leaf of each begins with the same axes,
 layers, batch and slots, so the cache updates, selects and shards them with one
 `jax.tree.map`.
@@ -36,7 +37,7 @@ from longlive_jax.quant import fp8, nvfp4
 
 Array = jax.Array
 
-NAMES = ("", "fp8", "nvfp4")
+NAMES = ("", "e4m3", "fp8", "nvfp4")
 SMOOTHINGS = ("token_mean", "channel_mean", "none")
 
 
@@ -45,8 +46,9 @@ class KVFormat:
   """How slots store numbers. Static.
 
   Attributes:
-    name: '' for plain numbers in the network's dtype, 'fp8' or 'nvfp4'; what follows
-      is for the latter, and without effect on the others.
+    name: '' for plain numbers in the network's dtype, 'e4m3' for float8_e4m3fn without
+      a scale, 'fp8' with one for every slot, or 'nvfp4'; what follows is for the
+      latter, and without effect on the others.
     smoothing: of keys: 'token_mean', 'channel_mean' or 'none'.
     rule: of `nvfp4.RULES`.
     chunk_amax: one tensor scale for all frames of a chunk, as in the reference,
@@ -61,7 +63,7 @@ class KVFormat:
   def __post_init__(self):
     if self.name not in NAMES:
       raise ValueError(
-        f"kv_format={self.name!r} is unknown; use '' (plain), 'fp8' or 'nvfp4'"
+        f"kv_format={self.name!r} is unknown; use '' (plain), 'e4m3', 'fp8' or 'nvfp4'"
       )
     if self.smoothing not in SMOOTHINGS:
       raise ValueError(
@@ -106,8 +108,8 @@ def zeros(
   Raises:
     ValueError: NVFP4 with a head dim that is no multiple of 16.
   """
-  if not format.name:
-    return jnp.zeros(shape, dtype)
+  if format.name in ("", "e4m3"):
+    return jnp.zeros(shape, dtype if not format.name else jnp.float8_e4m3fn)
   if format.name == "fp8":
     scale = jnp.ones((*shape[:3], 1, 1, 1), jnp.float32)
     return fp8.FP8Array(jnp.zeros(shape, jnp.float8_e4m3fn), scale)
@@ -137,7 +139,7 @@ def encode(slots: Slots, x: Array, mesh_axes: Sequence[str] = ()) -> Slots:
   Args:
     mesh_axes: inside shard_map, those over which heads are spread.
   """
-  return x.astype(slots.dtype)
+  return fp8.cast(x) if slots.dtype == jnp.float8_e4m3fn else x.astype(slots.dtype)
 
 
 @encode.register

@@ -14,13 +14,14 @@ from longlive_jax.quant import fp8, nvfp4, training, weights
 Array = jax.Array
 
 
-def matmul(x: Array, weight: Any) -> Array:
+def matmul(x: Array | fp8.Rows, weight: Any) -> Array:
   """`x @ weight.T`, for any type of weight that `matmul_rule` knows.
 
   Networks never ask which one it is.
 
   Args:
-    x: (..., in).
+    x: (..., in); quantised already only for weights that multiply codes, see
+      layers/operand.py.
     weight: (out, in), PyTorch's layout, so that 4-bit blocks lie along `in`.
 
   Returns:
@@ -63,8 +64,10 @@ def _w8a16(weight: fp8.FP8Array, x: Array) -> Array:
 
 
 @matmul_rule.register
-def _w8a8(weight: weights.W8A8, x: Array) -> Array:
-  return fp8.product(x, weight.weight)
+def _w8a8(weight: weights.W8A8, x: Array | fp8.Rows) -> Array:
+  if isinstance(x, fp8.Rows):
+    return fp8.product(x, weight.weight)
+  return weights.fp8_product(x, weight.weight)
 
 
 @matmul_rule.register
@@ -89,7 +92,7 @@ class Linear(nnx.Module):
     self.weight = weights.Matrix(init(rngs.params(), (d_out, d_in), dtype))
     self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
 
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array | fp8.Rows) -> Array:
     y = matmul(x, self.weight.get_value())
     return y if self.bias is None else add_bias(y, self.bias[...])
 

@@ -17,6 +17,11 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
   return h.astype(x.dtype)
 
 
+def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array, eps: float) -> jax.Array:
+  """layer_norm(x) * (1 + scale) + shift of x (..., c); the others broadcast."""
+  return layer_norm(x, eps) * (1 + scale) + shift
+
+
 class LayerNorm(nnx.Module):
   """Layer norm with weight (c,) and bias (c,)."""
 

@@ -47,7 +47,8 @@ def attention(
       `default_implementation`.
 
   Returns:
-    (b, s, n, d) in the dtype of q.
+    (b, s, n, d) in the dtype of q. On several devices 'triton' belongs into a
+    `shard_map` over samples and heads: XLA would gather its operands.
 
   Raises:
     ValueError: an unknown implementation, tokens that are not those of the layout, or
@@ -94,24 +95,36 @@ _triton.defvjp(_triton_forward, _triton_backward)
 
 # ------------------------------------------------------------------ pieces
 def _pieces(q, k, v, lengths, layout):
-  # A key is in many pieces: its gradients must be added in float32.
-  k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-  found = {}
-  for rectangle in layout.rectangles():
-    piece = functools.partial(_piece, rectangle=rectangle)
+  rectangles = sorted(layout.rectangles(), key=lambda rectangle: rectangle.queries)
+  keys, values = (_shared(x, len(rectangles)) for x in (k, v))
+  found = []
+  for rectangle, key, value in zip(rectangles, keys, values, strict=True):
     # Of a piece the output is kept, not the copy of its keys: over a long clip these
     # would be many times the keys.
-    found[rectangle.queries] = jax.checkpoint(piece, policy=_is_attention)(
-      q, k, v, lengths
-    )
-  return jnp.concatenate([found[queries] for queries in sorted(found)], axis=1)
+    piece = functools.partial(_piece, rectangle=rectangle)
+    found.append(jax.checkpoint(piece, policy=_is_attention)(q, key, value, lengths))
+  return jnp.concatenate(found, axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _shared(x, count):
+  """`count` times x, whose gradients are added in float32: a key is in many pieces."""
+  return [x] * count
+
+
+def _add_gradients(count, _, gradients):
+  total = sum(gradient.astype(jnp.float32) for gradient in gradients)
+  return (total.astype(gradients[0].dtype),)
+
+
+_shared.defvjp(lambda x, count: ([x] * count, None), _add_gradients)
 
 
 def _piece(q, k, v, lengths, *, rectangle):
   q = q[:, slice(*rectangle.queries)]
   k, v = (
     jnp.concatenate([x[:, first:end] for first, end in rectangle.keys], axis=1)
-    for x in (k.astype(q.dtype), v.astype(q.dtype))
+    for x in (k, v)
   )
   # These are the keys of positions 0, 1, ..., so the valid ones come first. Queries
   # that would see none are padding themselves.

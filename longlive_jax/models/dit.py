@@ -18,13 +18,14 @@ from jax import lax
 
 from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import attention as attn
-from longlive_jax.layers import rope, teacher_forcing
+from longlive_jax.layers import operand, rope, teacher_forcing
 from longlive_jax.layers.linear import Linear
-from longlive_jax.layers.norm import LayerNorm, RMSNorm, layer_norm
+from longlive_jax.layers.norm import LayerNorm, RMSNorm, modulate
+from longlive_jax.layers.operand import Operand, gelu
 
 Array = jax.Array
 # attend(layer state, q, k, v each (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
-Attend = Callable[[Any, Array, Array, Array], tuple[Array, Any]]
+Attend = Callable[[Any, Array, Array, Array], tuple[Operand, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +126,8 @@ class Mlp(nnx.Module):
     self.fc2 = Linear(d_hidden, d_out, dtype=dtype, rngs=rngs)
     self.activation = activation
 
-  def __call__(self, x: Array) -> Array:
-    return self.fc2(self.activation(self.fc1(x)))
-
-
-def gelu(x: Array) -> Array:
-  return jax.nn.gelu(x, approximate=True)
+  def __call__(self, x: Operand) -> Array:
+    return self.fc2(operand.activated(self.fc1, x, self.activation, self.fc2))
 
 
 class AttentionProjections(nnx.Module):
@@ -146,14 +143,14 @@ class AttentionProjections(nnx.Module):
     self.norm_k = RMSNorm(dim, eps=config.eps, dtype=dtype)
     self.heads = config.heads
 
-  def queries(self, x: Array) -> Array:
+  def queries(self, x: Operand) -> Array:
     return self._split(self.norm_q(self.q(x)))
 
-  def keys_values(self, x: Array) -> tuple[Array, Array]:
+  def keys_values(self, x: Operand) -> tuple[Array, Array]:
     return self._split(self.norm_k(self.k(x))), self._split(self.v(x))
 
-  def output(self, x: Array) -> Array:
-    return self.o(x.reshape(*x.shape[:-2], -1))
+  def output(self, x: Operand) -> Array:
+    return self.o(operand.read_by(self.o, x.reshape(*x.shape[:-2], -1)))
 
   def _split(self, x: Array) -> Array:
     return x.reshape(*x.shape[:-1], self.heads, -1)
@@ -195,20 +192,21 @@ class Block(nnx.Module):
   ) -> tuple[Array, Any]:
     """Args: x (b, f, p, D); table (b, f, 6, D); text (b, segments, k, D) or keys."""
     shift1, scale1, gate1, shift2, scale2, gate2 = self.rows(table)
-    h, handed_out = self.attend_self(self.modulate(x, scale1, shift1), attend, layer)
+    qkv = self.self_attn.q, self.self_attn.k, self.self_attn.v
+    h = operand.modulated(x, scale1, shift1, self.eps, readers=qkv)
+    h, handed_out = self.attend_self(h, attend, layer)
     x = x + gate1 * h
-    x = x + self.attend_text(self.norm3(x), text)
-    x = x + gate2 * self.ffn(self.modulate(x, scale2, shift2))
+    h = operand.normed(self.norm3, x, readers=[self.cross_attn.q])
+    x = x + self.attend_text(h, text)
+    h = operand.modulated(x, scale2, shift2, self.eps, readers=[self.ffn.fc1])
+    x = x + gate2 * self.ffn(h)
     return x, handed_out
 
   def rows(self, table: Array) -> list[Array]:
     """The six modulation rows, each (b, f, 1, D) to broadcast over tokens."""
     return jnp.split(table + self.modulation[...], 6, axis=2)
 
-  def modulate(self, x: Array, scale: Array, shift: Array) -> Array:
-    return layer_norm(x, self.eps) * (1 + scale) + shift
-
-  def attend_self(self, h: Array, attend: Attend, layer: Any) -> tuple[Array, Any]:
+  def attend_self(self, h: Operand, attend: Attend, layer: Any) -> tuple[Array, Any]:
     """Self-attention of h (b, f, p, D) through `attend`, projected: (b, f, p, D)."""
     b, f, p, dim = h.shape
     tokens = h.reshape(b, f * p, dim)
@@ -217,7 +215,7 @@ class Block(nnx.Module):
     out, handed_out = attend(layer, q, k, v)
     return self.self_attn.output(out).reshape(b, f, p, dim), handed_out
 
-  def attend_text(self, h: Array, text: Array | TextKeys) -> Array:
+  def attend_text(self, h: Operand, text: Array | TextKeys) -> Array:
     """Cross-attention, no mask: h (b, f, p, D), text (b, segments, k, D) or its keys.
 
     The tokens of a sample are cut into `segments` equal consecutive pieces; piece i
@@ -248,7 +246,7 @@ class Head(nnx.Module):
   def __call__(self, x: Array, e: Array) -> Array:
     """x (b, f, p, D), e (b, f, D) -> (b, f, p, patch * patch * c)."""
     shift, scale = jnp.split(e[:, :, None] + self.modulation[...], 2, axis=2)
-    return self.linear(layer_norm(x, self.eps) * (1 + scale) + shift)
+    return self.linear(modulate(x, scale, shift, self.eps))
 
 
 class CausalDiT(nnx.Module):

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from longlive_jax.models import vae_tiles
 from longlive_jax.models.vae_blocks import (
   Conv,
   DownStage,
@@ -44,6 +45,7 @@ from longlive_jax.models.vae_blocks import (
   causal_conv,
   keep_mask,
   pointwise,
+  run_up_stages,
 )
 
 # Latent statistics of the published model, channel by channel.
@@ -242,20 +244,25 @@ class Decoder(nnx.Module):
     head = self.head.zero_history(batch, y * scale, x * scale)
     return first, middle, tuple(stages), head
 
-  def __call__(self, z: jax.Array, history, started: jax.Array):
+  def __call__(self, z: jax.Array, history, started: jax.Array, tiles: int = 1):
     first, middle, stages, head = history
-    keep = keep_mask(started, 0, z.shape[1])
+    latents = z.shape[1]
+    keep = keep_mask(started, 0, latents)
     h, first = causal_conv(self.conv1, z, first, keep)
     h, middle = self.middle(h, middle, keep)
-    per_latent = 1
-    new = []
-    for stage, past in zip(self.upsamples, stages, strict=True):
-      h, past = stage(h, past, started, per_latent)
-      new.append(past)
-      per_latent *= 1 if stage.time_conv is None else 2
-    keep = keep_mask(started, per_latent - 1, h.shape[1])
-    h, head = self.head(h, head, keep)
-    return h, (first, middle, tuple(new), head)
+    whole, tiled = vae_tiles.split_stages(self.upsamples)
+    h, before = run_up_stages(whole, h, stages[: len(whole)], started, latents)
+
+    def finish(h, past):
+      h, after = run_up_stages(tiled, h, past[0], started, latents)
+      keep = keep_mask(started, h.shape[1] // latents - 1, h.shape[1])
+      h, head = self.head(h, past[1], keep)
+      return h, (after, head)
+
+    past = stages[len(whole) :], head
+    halo = vae_tiles.halo(tiled, self.head)
+    h, (after, head) = vae_tiles.in_tiles(finish, h, past, tiles, halo)
+    return h, (first, middle, before + after, head)
 
 
 class VideoVAE(nnx.Module):
@@ -319,7 +326,7 @@ def init_encoder_state(model: VideoVAE, batch: int, y: int, x: int) -> EncoderSt
 
 
 def decode_chunk(
-  model: VideoVAE, state: DecoderState, latents: jax.Array
+  model: VideoVAE, state: DecoderState, latents: jax.Array, tiles: int = 1
 ) -> tuple[jax.Array, jax.Array, DecoderState]:
   """Decodes the next latent frames of a clip.
 
@@ -328,6 +335,8 @@ def decode_chunk(
     state: from `init_decoder_state` or the call before. Donate it under jit: at
       704x1280 it holds 3.2 GB.
     latents: (b, f, y, x, z), normalised, f >= 1.
+    tiles: how many the last stages run in, one after the other: the same frames from
+      less memory (vae_tiles.py).
 
   Returns:
     frames: (b, 4 f, 16 y, 16 x, 3), not clamped, in the dtype of the parameters.
@@ -339,7 +348,7 @@ def decode_chunk(
   mean, std = lax.stop_gradient((model.latent_mean[...], model.latent_std[...]))
   z = (latents.astype(jnp.float32) * std + mean).astype(dtype)
   z = pointwise(model.conv2, z)
-  h, history = model.decoder(z, state.history, state.started)
+  h, history = model.decoder(z, state.history, state.started, tiles)
   placeholders = model.config.temporal_factor - 1
   dropped = jnp.where(state.started, 0, placeholders).astype(jnp.int32)
   state = DecoderState(jnp.ones_like(state.started), history)

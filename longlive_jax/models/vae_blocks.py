@@ -398,3 +398,12 @@ class UpStage(nnx.Module):
     time_factor = 1 if self.time_conv is None else 2
     skip = repeat_up(x, h.shape[-1], time_factor, 2)
     return upsample(self.resample, h) + skip, (blocks, time)
+
+
+def run_up_stages(stages, x: jax.Array, histories, started: jax.Array, latents: int):
+  """Up stages one after the other, of `latents` latent frames."""
+  new = []
+  for stage, history in zip(stages, histories, strict=True):
+    x, history = stage(x, history, started, x.shape[1] // latents)
+    new.append(history)
+  return x, tuple(new)

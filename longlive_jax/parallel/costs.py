@@ -15,7 +15,7 @@ from longlive_jax.models.vae import VAEConfig
 
 # Bits of a number with its scales: 16 of an NVFP4 block share one of 8 bits.
 WEIGHT_BITS = {"w4a16": 4.5, "w4a4": 4.5, "w4a4_native": 4.5, "w8a16": 8.0, "fp8": 8.0}
-CACHE_BITS = {"fp8": 8.0, "nvfp4": 4.5}
+CACHE_BITS = {"e4m3": 8.0, "fp8": 8.0, "nvfp4": 4.5}
 # Where weights alone are packed, they are unpacked in front of every product.
 UNPACKED = ("w4a16", "w8a16")
 UNITS = {"fp8": "matrix_fp8", "w4a4_native": "matrix_fp4"}
@@ -28,8 +28,8 @@ class Cost:
   Attributes:
     flops: operations.
     bytes: read and written.
-    unit: what bounds the operations, a rate of `plan.Hardware`: 'matrix', 'matrix_fp8',
-      'matrix_fp4', 'attention' or 'convolution'.
+    unit: what bounds the operations, a rate of `hardware.Hardware`: 'matrix',
+      'matrix_fp8', 'matrix_fp4', 'attention', 'attention_fp8' or 'convolution'.
   """
 
   flops: float
@@ -66,6 +66,7 @@ class Work:
     steps: of the solver; there is one more forward, the clean pass.
     itemsize: bytes of a number that is not quantised.
     precision, kv_format: of weights and of cache, as the config names them.
+    attention_format: '', or 'fp8' for attention to the window in 8 bits.
     split: devices that share the tokens of a chunk; in attention, its heads.
   """
 
@@ -77,6 +78,7 @@ class Work:
   itemsize: int
   precision: str = ""
   kv_format: str = ""
+  attention_format: str = ""
   split: int = 1
 
   @property
@@ -123,7 +125,9 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
     moved = size * width * (2 * queries + 2 * keys)
     return Cost(4 * queries * keys_a_query * width, moved, "attention")
 
-  window = keys // work.rows
+  attended = attention(queries, keys // work.rows, keys, width)
+  if work.attention_format == "fp8":
+    attended = Cost(attended.flops, attended.bytes / size, "attention_fp8")
   return {
     "patch_embedding": Stage(passes, (plain(tokens, c.in_channels * patch, c.dim),)),
     "time": Stage(
@@ -139,7 +143,7 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
     "cache_read": Stage(
       layers, (Cost(0, 2 * keys * width * (work.cache_itemsize + size)),)
     ),
-    "attention": Stage(layers, (attention(queries, window, keys, width),)),
+    "attention": Stage(layers, (attended,)),
     "output": Stage(layers, (*packed(tokens, c.dim, c.dim), residual)),
     "cross_attention": Stage(
       layers,
@@ -220,8 +224,8 @@ def forward_bytes(config: WanConfig, work: Work) -> float:
 
   Keys of the prompts, keys and values that the clean pass hands out, a layer's window
   twice (as read, and with the chunk in it), the FFN's hidden numbers twice, and about
-  16 times the tokens. 1.5% above what a run with plain, and 7% above what one with
-  NVFP4 numbers had beside its weights and cache.
+  16 times the tokens: within 4% of what runs with plain and with NVFP4 numbers had
+  beside their weights and caches.
   """
   c, size = config, work.itemsize
   tokens = work.rows * work.chunk_tokens // work.split

@@ -20,7 +20,8 @@ class Hardware:
     kind: as JAX names it.
     source: where the rates are from.
     memory: bytes of a device.
-    matrix, matrix_fp8, matrix_fp4, attention, convolution: operations a second.
+    matrix, matrix_fp8, matrix_fp4, attention, attention_fp8, convolution: operations
+      a second.
     copy: bytes a second, read and written.
     link, host: bytes a second to another device, and to the host.
     denoise_share, decode_share: of the floor by these rates that whole chunks reach.
@@ -35,6 +36,7 @@ class Hardware:
   matrix_fp8: float
   matrix_fp4: float
   attention: float
+  attention_fp8: float
   convolution: float
   copy: float
   link: float
@@ -53,7 +55,10 @@ class Hardware:
 
   def slower(self, factor: int) -> "Hardware":
     """One of so many devices that share what this one has."""
-    names = ("matrix", "matrix_fp8", "matrix_fp4", "attention", "convolution", "copy")
+    names = (
+      "matrix", "matrix_fp8", "matrix_fp4", "attention", "attention_fp8",
+      "convolution", "copy",
+    )  # fmt: skip
     return dataclasses.replace(self, **{n: getattr(self, n) / factor for n in names})
 
 
@@ -68,6 +73,7 @@ H200 = Hardware(
   matrix_fp8=1486e12,
   matrix_fp4=788e12,  # no such units: products are of unpacked numbers
   attention=681e12,
+  attention_fp8=1022e12,
   convolution=800e12,
   copy=4.2e12,
   link=450e9,
@@ -91,6 +97,7 @@ def _published(
     matrix_fp8=share * H200.matrix_fp8,
     matrix_fp4=dense_fp4 * H200.matrix / 989e12,
     attention=share * H200.attention,
+    attention_fp8=share * H200.attention_fp8,
     convolution=share * H200.convolution,
     copy=copy * H200.copy / 4.8e12,
     link=link,
@@ -104,8 +111,8 @@ HARDWARE = {
   # Two cores, in float32; tools/bench_generate.py measures others.
   "cpu": Hardware(
     kind="cpu", source="assumed", memory=16e9, matrix=2e11, matrix_fp8=2e11,
-    matrix_fp4=2e11, attention=2e11, convolution=2e11, copy=2e10, link=2e10, host=2e10,
-    denoise_share=0.5, decode_share=0.5, shared=True,
+    matrix_fp4=2e11, attention=2e11, attention_fp8=2e11, convolution=2e11, copy=2e10,
+    link=2e10, host=2e10, denoise_share=0.5, decode_share=0.5, shared=True,
   ),
 }  # fmt: skip
 

@@ -113,12 +113,12 @@ def spread(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
   if mesh is None:
     return tree
   return jax.tree.map(
-    lambda spec, part: place(part, NamedSharding(mesh, _split(spec, mesh))), specs, tree
+    lambda spec, part: place(part, sharding(mesh, spec)), specs, tree
   )
 
 
-def _split(spec: P, mesh: Mesh) -> P:
-  """The spec without axes of size 1.
+def sharding(mesh: Mesh, spec: P) -> NamedSharding:
+  """The sharding of a spec, without mesh axes of size 1.
 
   Compiled programs return their outputs so: a chunk's would not be what the first chunk
   was given, and the second chunk would compile again.
@@ -130,7 +130,7 @@ def _split(spec: P, mesh: Mesh) -> P:
     parts.append(names[0] if len(names) == 1 else names or None)
   while parts and parts[-1] is None:
     parts.pop()
-  return P(*parts)
+  return NamedSharding(mesh, P(*parts))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:

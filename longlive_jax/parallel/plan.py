@@ -37,8 +37,6 @@ HALO = 10.5 / 4
 # From all bits to few: tried in this order.
 PRECISIONS = ("", "w8a16", "w4a16")
 KV_FORMATS = ("", "fp8", "nvfp4")
-# Settings that decide where work is done: they change no number beyond rounding.
-LAYOUT = ("devices", "sequence_devices", "guidance_devices", "decode_on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +92,7 @@ class Plan:
     decode_tiles: pieces of a frame that are decoded one after the other.
     decode_frames: latent frames that are decoded together.
     precision, kv_format: of weights and of cache.
+    attention_format: of what attention to the window multiplies.
     exchange_format: of keys and values on the way between devices.
   """
 
@@ -105,6 +104,7 @@ class Plan:
   decode_frames: int = 1
   precision: str = ""
   kv_format: str = ""
+  attention_format: str = ""
   exchange_format: str = ""
 
   @property
@@ -164,6 +164,7 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     itemsize=workload.itemsize,
     precision=plan.precision,
     kv_format=plan.kv_format,
+    attention_format=plan.attention_format,
     split=plan.sequence_devices,
   )
 
@@ -360,7 +361,8 @@ def choose(
   raise ValueError(
     f"{_settings(found.plan)} needs {found.peak / GB:.1f} GB a device, {short:.1f} GB "
     f"more than a {hardware.kind} has to give ({USABLE:.0%} of "
-    f"{hardware.memory / GB:.1f} GB); {_advice(workload, hardware, fixed)}"
+    f"{hardware.memory / GB:.1f} GB); {_advice(workload, hardware, fixed)}, "
+    "or try with plan='off'"
   )
 
 

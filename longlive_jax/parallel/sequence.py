@@ -104,7 +104,10 @@ class Layout:
       )
       flat = (a.reshape(b, frames * tokens, *a.shape[3:]) for a in arrived)
       out, handed_out = attend(layer, *flat)
-      out = self.to_tokens(out.reshape(b, frames, tokens, *out.shape[2:]))
+      if self.sequence == 1:
+        return out, handed_out
+      out = out.reshape(b, frames, tokens, *out.shape[2:])
+      out = jax.tree.map(self.to_tokens, out)  # numbers, or codes and scales
       return out.reshape(b, -1, *out.shape[3:]), handed_out
 
     return around

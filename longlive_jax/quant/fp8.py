@@ -97,37 +97,78 @@ def dequantise(array: FP8Array, dtype: jnp.dtype = jnp.float32) -> Array:
   return (array.codes.astype(jnp.float32) * array.scale).astype(dtype)
 
 
-@jax.custom_vjp
-def product(x: Array, weight: FP8Array) -> Array:
-  """`x @ weight.T` of x quantised by rows, in 8 bits; the weight gets no gradient.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Activations in 8 bits: what layers that multiply codes read.
 
-  The product of two codes is exact in float32, so its sum and the two scales, which
-  come after it, are all that rounds. Hopper's FP8 units, which XLA uses for a product
-  of two float8 arrays, keep fewer bits of that sum; where there are none, XLA
-  multiplies the same codes in a wider type. A scale for every token and output row
-  must come after the product: before it, XLA matches scales of whole tensors only. The
-  gradient of x takes its rounding for the identity.
+  Attributes:
+    array: codes (..., n) and a scale for every row (..., 1).
+    dtype: static, of the numbers that were quantised and of products with them.
+  """
+
+  array: FP8Array
+  dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  def reshape(self, *shape: int) -> "Rows":
+    """As of an array; rows may become longer where those joined share a scale."""
+    codes = self.array.codes.reshape(shape)
+    scale = self.array.scale.reshape(*codes.shape[:-1], -1)[..., :1]
+    return dataclasses.replace(self, array=FP8Array(codes, scale))
+
+  def numbers(self) -> Array:
+    """(..., n) in `dtype`."""
+    return dequantise(self.array, self.dtype)
+
+
+def sums(rows: Rows, weight: FP8Array, dtype: jnp.dtype | None = None) -> Array:
+  """Sums of products of codes, without the scales: (..., out).
 
   Args:
-    x: (..., in).
-    weight: (out, in), a scale for every row.
-
-  Returns:
-    (..., out) in the dtype of x.
+    rows: (..., in).
+    weight: (out, in).
+    dtype: what the float32 sums are rounded to, by default that of the rows.
   """
-  rows = quantise(x)
+  # Matrices of two axes: what XLA takes cuBLAS's FP8 product for. This has scales of
+  # whole tensors only, so those of tokens and outputs come after it; with 16-bit sums
+  # it writes half of the bytes.
   total = lax.dot_general(
-    rows.codes,
+    rows.array.codes.reshape(-1, rows.shape[-1]),
     weight.codes,
-    (((x.ndim - 1,), (1,)), ((), ())),
-    preferred_element_type=jnp.float32,
+    (((1,), (1,)), ((), ())),
+    preferred_element_type=rows.dtype if dtype is None else dtype,
   )
+  return total.reshape(*rows.shape[:-1], -1)
+
+
+def product(rows: Rows, weight: FP8Array, sum_dtype: jnp.dtype | None = None) -> Array:
+  """`rows @ weight.T` in 8 bits: (..., out) in the dtype of the rows.
+
+  What rounds: the product of two codes is exact in float32. Their sum is float32
+  (Hopper's FP8 units, which XLA uses for a product of two float8 arrays, keep fewer
+  bits of it; where there are none, XLA multiplies the same codes in a wider type) and
+  is rounded to `sum_dtype`. The two scales follow in float32, and the result is
+  rounded to the dtype of the rows. bfloat16 has the range of float32, so sums without
+  scales cannot overflow; rounding them costs 2**-9 beside the 2**-4 of codes. All that
+  follows the sum XLA fuses with what reads it, so it moves no bytes of its own.
+
+  Args:
+    rows: (..., in).
+    weight: (out, in), a scale for every row.
+    sum_dtype: by default that of the rows.
+  """
+  total = sums(rows, weight, sum_dtype).astype(jnp.float32)
   # One after the other: the product of two small scales leaves float32's range.
-  return (total * rows.scale * weight.scale[:, 0]).astype(x.dtype)
+  return (total * rows.array.scale * weight.scale[:, 0]).astype(rows.dtype)
 
 
-def _backward(weight: FP8Array, gradient: Array) -> tuple[Array, None]:
-  return gradient @ dequantise(weight, gradient.dtype), None
-
-
-product.defvjp(lambda x, w: (product(x, w), w), _backward)
+def cast(x: Array) -> Array:
+  """x as float8_e4m3fn with scale 1: nearest, ties to even, at most 448."""
+  # The cast alone makes NaN of what is larger. Not `exact.e4m3`, whose ten operations
+  # a number would take longer than moving a window of keys: of 16-bit numbers this is
+  # the same.
+  return jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)

@@ -27,6 +27,7 @@ from flax import nnx
 from jax import lax
 
 from longlive_jax.kernels import launch
+from longlive_jax.kernels.fp8_rows import quantise_rows
 from longlive_jax.kernels.nvfp4_matmul import NATIVE, matmul_w4a4, matmul_w4a16
 from longlive_jax.kernels.nvfp4_quantise import quantise
 from longlive_jax.quant import fp8, nvfp4
@@ -295,9 +296,27 @@ def packed_product(x: Array, weight: NVFP4Array) -> Array:
   return matmul_w4a16(x, weight)
 
 
-def _backward(weight: NVFP4Array, gradient: Array) -> tuple[Array, None]:
-  return gradient @ nvfp4.dequantise(weight, gradient.dtype), None
+@jax.custom_vjp
+def fp8_product(x: Array, weight: FP8Array) -> Array:
+  """`x @ weight.T` of x quantised by rows: `fp8.product`, in the dtype of x.
+
+  The gradient of x takes its rounding for the identity; the weight gets none.
+
+  Args:
+    x: (..., in).
+    weight: (out, in), a scale for every row.
+
+  Returns:
+    (..., out).
+  """
+  return fp8.product(quantise_rows(x), weight)
+
+
+def _backward(weight: NVFP4Array | FP8Array, gradient: Array) -> tuple[Array, None]:
+  codec = fp8 if isinstance(weight, FP8Array) else nvfp4
+  return gradient @ codec.dequantise(weight, gradient.dtype), None
 
 
 quantised_product.defvjp(lambda x, w: (quantised_product(x, w), w.weight), _backward)
 packed_product.defvjp(lambda x, w: (packed_product(x, w), w), _backward)
+fp8_product.defvjp(lambda x, w: (fp8_product(x, w), w), _backward)

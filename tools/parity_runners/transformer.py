@@ -10,6 +10,7 @@ from longlive_jax.checkpoint import store, torch_names
 from longlive_jax.generate import schedule
 from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import rope
+from longlive_jax.layers.norm import modulate
 from longlive_jax.models import dit
 from parity_runners.common import Case, Result, channels_last, frame_offsets
 
@@ -80,14 +81,14 @@ def intermediates(case: Case) -> Result:
   for i in range(model.config.layers):
     block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
     shift1, scale1, gate1, shift2, scale2, gate2 = block.rows(table)
-    inside = {"self_attn_in": block.modulate(h, scale1, shift1)}
+    inside = {"self_attn_in": modulate(h, scale1, shift1, block.eps)}
     out, _ = block.attend_self(inside["self_attn_in"], attend, None)
     inside["self_attn_out"] = out
     h = h + gate1 * out
     inside["cross_attn_in"] = block.norm3(h)
     inside["cross_attn_out"] = block.attend_text(inside["cross_attn_in"], text)
     h = h + inside["cross_attn_out"]
-    inside["ffn_in"] = block.modulate(h, scale2, shift2)
+    inside["ffn_in"] = modulate(h, scale2, shift2, block.eps)
     inside["ffn_out"] = block.ffn(inside["ffn_in"])
     h = h + gate2 * inside["ffn_out"]
     inside["out"] = h

@@ -1,0 +1,169 @@
+"""From latents to frames on the host: where the VAE's decoder runs, and waiting for it.
+
+The decoder runs where its state is, which `place` decides together with its weights:
+latents are sent there. Nothing here waits before `Frames.fetch`, so that one chunk is
+decoded and copied while the next is denoised.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.models import vae
+from longlive_jax.parallel import mesh as meshes
+
+Array = jax.Array
+
+SPACE = "space"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+  """Frames that may still be in the making.
+
+  Attributes:
+    padded: uint8 (b, t, h, w, 3) on the decoder's device, placeholders in front.
+    dropped: int32 (b,), how many those are; the same for all.
+  """
+
+  padded: Array
+  dropped: Array
+
+  def fetch(self) -> np.ndarray:
+    """Waits for the frames, uint8 (b, t, h, w, 3) on the host."""
+    frames, dropped = meshes.to_host((self.padded, self.dropped))
+    return frames[:, int(dropped[0]) :]
+
+
+def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
+  """Where to decode, for `place`.
+
+  Args:
+    decode_on: 'same', where the transformer is; with several devices each has some of
+      the videos. 'other', on the next device. 'split', rows or columns of the picture
+      over the devices of the transformer: XLA's partitioner exchanges what the
+      convolutions need of their neighbours.
+    mesh: devices of the transformer; None for the first one.
+    y, x: rows and columns of the latents.
+
+  Returns:
+    The sharding of latents, frames and histories: all are (b, t, rows, columns, c).
+
+  Raises:
+    ValueError: unknown; no device is left; neither rows nor columns divide.
+  """
+  devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+  if decode_on == "same":
+    if mesh is None:
+      return SingleDeviceSharding(devices[0])
+    return meshes.sharding(mesh, P(meshes.DATA))
+  if decode_on == "other":
+    left = [device for device in jax.devices() if device not in devices]
+    if not left:
+      raise ValueError(
+        f"decode_on='other' needs a device beside the {len(devices)} of the "
+        "transformer, but there is none; use decode_on='same'"
+      )
+    return SingleDeviceSharding(left[0])
+  if decode_on != "split":
+    raise ValueError(f"decode_on={decode_on!r} is unknown; use same, other or split")
+  count = len(devices)
+  if y % count and x % count:
+    fit = [n for n in range(1, jax.device_count() + 1) if y % n == 0 or x % n == 0]
+    raise ValueError(
+      f"decode_on='split' cannot share {y} rows or {x} columns of latents evenly among "
+      f"devices={count}; use one of {fit}, or decode_on='same'"
+    )
+  space = Mesh(np.array(devices), (SPACE,), axis_types=(AxisType.Auto,))
+  rows, columns = P(None, None, SPACE), P(None, None, None, SPACE)
+  return NamedSharding(space, columns if y % count else rows)
+
+
+def place(
+  video_vae: vae.VideoVAE, state: vae.DecoderState, where: Sharding
+) -> tuple[vae.VideoVAE, vae.DecoderState]:
+  """Weights and state moved to where the decoder is to run; shapes are told so."""
+  state = vae.DecoderState(
+    meshes.place(state.started, _leading(where, 1)),
+    meshes.place(state.history, where),
+  )
+  return meshes.place(video_vae, _leading(where, 0)), state
+
+
+def decode(
+  video_vae: vae.VideoVAE,
+  state: vae.DecoderState,
+  latents: Array,
+  frames_per_call: int = 1,
+  tiles: int = 1,
+) -> tuple[Frames, vae.DecoderState]:
+  """Starts to decode the next latents of a clip, where its state is.
+
+  Args:
+    video_vae: weights, on the same devices as the state.
+    state: its memory is reused.
+    latents: (b, f, y, x, z), anywhere.
+    frames_per_call: latent frames at a time at most.
+    tiles: of `vae.decode_chunk`.
+  """
+  where = state.history[0].sharding
+  latents = jax.device_put(latents, where)
+  count = _divisor(latents.shape[1], frames_per_call)
+  padded, dropped, state = _decode(video_vae, state, latents, count, tiles, where)
+  for array in (padded, dropped):
+    array.copy_to_host_async()
+  return Frames(padded, dropped), state
+
+
+def compile_ahead(
+  video_vae: vae.VideoVAE,
+  state: vae.DecoderState,
+  latents: jax.ShapeDtypeStruct,
+  frames_per_call: int = 1,
+  tiles: int = 1,
+) -> None:
+  """Compiles what `decode` will run; arguments as there, with shapes for arrays."""
+  where = state.history[0].sharding
+  latents = meshes.place(latents, where)
+  count = _divisor(latents.shape[1], frames_per_call)
+  _decode.lower(video_vae, state, latents, count, tiles, where).compile()
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=1)
+def _decode(video_vae, state, latents, frames_per_call, tiles, where):
+  """Frames uint8 (b, t, h, w, 3), placeholders included, their number, the state."""
+  b, f, *shape = latents.shape
+
+  def step(state, piece):
+    frames, dropped, state = vae.decode_chunk(video_vae, state, piece, tiles)
+    return state, (vae.to_uint8(frames), dropped)
+
+  pieces = latents.reshape(b, f // frames_per_call, frames_per_call, *shape)
+  state, (frames, dropped) = jax.lax.scan(step, state, pieces.swapaxes(0, 1))
+  frames = frames.swapaxes(0, 1)
+  frames = frames.reshape(b, -1, *frames.shape[3:])
+  # The state must come back as it went in, or the next chunk is another program.
+  frames, history = jax.lax.with_sharding_constraint((frames, state.history), where)
+  started = jax.lax.with_sharding_constraint(state.started, _leading(where, 1))
+  return frames, dropped[0], vae.DecoderState(started, history)
+
+
+def compiled_programs() -> int:
+  """How many programs decoding has compiled so far."""
+  return _decode._cache_size()
+
+
+def _leading(where: Sharding, axes: int) -> Sharding:
+  """The sharding of arrays that have only the first axes."""
+  if isinstance(where, NamedSharding):
+    return NamedSharding(where.mesh, P(*where.spec[:axes]))
+  return where
+
+
+def _divisor(frames: int, most: int) -> int:
+  """The largest divisor of `frames` that is at most `most`."""
+  return next(d for d in range(max(1, min(most, frames)), 0, -1) if frames % d == 0)

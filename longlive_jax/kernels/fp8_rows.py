@@ -1,0 +1,135 @@
+"""Quantises rows of activations to FP8 on the GPU, and what such kernels share.
+
+A program holds a whole row, so its largest magnitude costs no pass of its own: 16 bits
+a number are read and 8 are written. The bits are those of `fp8.quantise`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.kernels import launch as launching
+from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
+from longlive_jax.quant import fp8
+from longlive_jax.quant.fp8 import FP8Array, Rows
+
+LONGEST = 16384  # numbers of a row that a program's registers hold
+
+
+def quantise_rows(x: Array, *, implementation: str | None = None) -> Rows:
+  """x in FP8, a scale for every row.
+
+  Args:
+    x: bfloat16 or float32 (..., n).
+    implementation: 'triton', 'jnp', or None: Triton on NVIDIA GPUs, else jnp.
+
+  Raises:
+    ValueError: an unknown implementation, a shape or dtype that does not fit.
+    NotImplementedError: under differentiation.
+  """
+  check_rows(x)
+  return run_rows(triton, reference, implementation, x)
+
+
+def reference(x: Array) -> Rows:
+  """`quantise_rows` in jnp, for any backend."""
+  return Rows(fp8.quantise(x), x.dtype)
+
+
+def triton(x: Array, *, run: Launcher) -> Rows:
+  """`quantise_rows` by its kernel; `run` is `launch`, or in tests the interpreter."""
+  return as_rows(run(rows_call(x)), x)
+
+
+def rows_call(x: Array) -> Call:
+  rows = math.prod(x.shape[:-1])
+  return row_call(_fp8_rows, (x,), x, grid=(rows,))
+
+
+# ------------------------------------------------------------------ what they share
+
+
+def run_rows(
+  on_gpu: Callable[..., Rows],
+  elsewhere: Callable[..., Rows],
+  implementation: str | None,
+  *arrays: Array,
+  **settings: Any,
+) -> Rows:
+  """Runs one of the two forms of a kernel that makes Rows: `triton` or `reference`."""
+  if launching.on_triton(implementation):
+    function = functools.partial(on_gpu, run=launching.launch, **settings)
+  else:
+    function = functools.partial(elsewhere, **settings)
+  name = on_gpu.__module__.rpartition(".")[2]
+  instead = "take the gradient of the network before it is quantised"
+  return launching.without_derivative(name, function, instead)(*arrays)
+
+
+def check_rows(x: Array) -> None:
+  """Raises ValueError for what is no array of rows that these kernels take."""
+  if isinstance(x, FP8Array | Rows):
+    raise ValueError("x is quantised already; dequantise it first")
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(f"x.dtype={x.dtype} must be bfloat16 or float32; use x.astype")
+  if not x.ndim or not 0 < x.shape[-1] <= LONGEST:
+    raise ValueError(f"x.shape={x.shape} must be (..., n) with n from 1 to {LONGEST}")
+
+
+def row_call(
+  kernel: Any, inputs: tuple[Array, ...], x: Array, grid: tuple[int, ...], **constants
+) -> Call:
+  """A kernel with a program for every row of x: codes (rows, n) and scales (rows,)."""
+  rows, n = math.prod(grid), x.shape[-1]
+  tile = 1 << (n - 1).bit_length()
+  return Call(
+    kernel,
+    inputs,
+    (
+      jax.ShapeDtypeStruct((rows, n), jnp.float8_e4m3fn),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ),
+    grid,
+    {"N": n, "TILE": tile, **constants},
+    # 32 numbers a thread: a row stays in registers, and several programs share a
+    # multiprocessor, so that some load while others count.
+    num_warps=min(16, max(1, tile // 1024)),
+  )
+
+
+def as_rows(outputs: list[Array], x: Array) -> Rows:
+  """Rows of the shape of x from what a `row_call` gave."""
+  codes, scale = outputs
+  array = FP8Array(codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1))
+  return Rows(array, x.dtype)
+
+
+# ------------------------------------------------------------------ kernels
+
+
+@jit
+def store_row(codes_ptr, scale_ptr, row, column, valid, x):
+  """Quantises a row x (TILE,), float32, 0 where not valid, and writes it."""
+  # Where x is finite this is x, else NaN, which a maximum leaves out. In one operation:
+  # these kernels are as short of instructions as of bandwidth.
+  x = tl.fma(x, 0.0, x)
+  amax = tl.max(tl.abs(x), axis=0)
+  amax = tl.where(amax >= 2.0**-104, amax, 448.0)
+  codes = x * tl.div_rn(448.0, amax)
+  tl.store(codes_ptr + column, codes.to(tl.float8e4nv), mask=valid)
+  tl.store(scale_ptr + row, tl.div_rn(amax, 448.0))
+
+
+@jit
+def _fp8_rows(x_ptr, codes_ptr, scale_ptr, N: tl.constexpr, TILE: tl.constexpr):
+  row = tl.program_id(0).to(tl.int64)
+  column = tl.arange(0, TILE)
+  valid = column < N
+  x = tl.load(x_ptr + row * N + column, mask=valid, other=0.0).to(tl.float32)
+  store_row(codes_ptr + row * N, scale_ptr, row, column, valid, x)

@@ -1,0 +1,186 @@
+"""A decoder on a device of its own, or split over several, gives the frames of one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from random_weights import TINY_VAE
+
+TESTS = Path(__file__).parent
+
+# The number of CPU devices is fixed when JAX starts: a process of its own.
+SCRIPT = r"""
+import dataclasses
+import json
+import re
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+import numpy as np
+from random_weights import normal, random_dit, random_vae
+
+from longlive_jax.checkpoint import store
+from longlive_jax.generate import decoding, snapshots
+from longlive_jax.generate import stream as streaming
+from longlive_jax.generate.sampler import Sampling
+from longlive_jax.models import vae
+from longlive_jax.parallel import mesh as meshes
+
+model, video_vae = random_dit(), random_vae()
+sampling = Sampling(frames_per_chunk=2, window_frames=6, sink_frames=2, steps=1)
+zeros = np.zeros((4, 1), np.int32)
+text = normal(1, 5, model.config.text_dim)
+story = streaming.Story(text, None, zeros, zeros > 0, zeros)
+
+
+def start():
+  return streaming.init_state(
+    model, video_vae, sampling, key=jax.random.key(0), samples=range(1), y=2, x=2
+  )
+
+
+def devices(tree):
+  return sorted({d.id for a in jax.tree.leaves(tree) for d in a.sharding.device_set})
+
+
+def video(state, decode_on, on_state=lambda done, state: None):
+  where = decoding.placement(decode_on, None, 2, 2)
+  network, decoder = decoding.place(video_vae, state.decoder, where)
+  state = dataclasses.replace(state, decoder=decoder)
+  before, chunks = decoding.compiled_programs(), []
+  for chunk in streaming.stream(
+    model, network, state, story, sampling, on_state=on_state
+  ):
+    chunks.append(chunk.frames)
+    places = [devices(a) for a in (network, chunk.decoded.padded, chunk.latents)]
+  programs = decoding.compiled_programs() - before
+  return np.concatenate(chunks, axis=1), places, programs
+
+
+decoders = []
+
+
+def keep(done, state):
+  decoders.append(devices(state.decoder))
+  if done == 2:
+    snapshots.save(FOLDER, done, state, {})
+
+
+same, same_places, same_programs = video(start(), "same")
+other, other_places, other_programs = video(start(), "other", keep)
+rest, *_ = video(store.load(snapshots.find(FOLDER), jax.eval_shape(start)), "same")
+
+
+def moved(program):
+  "Numbers in each array that devices gather or exchange as a whole."
+  calls = re.findall(r"= (.*?) all-(?:gather|to-all|reduce)(?:-start)?\(", program)
+  shapes = re.findall(r"\[([\d,]+)\]", " ".join(calls))
+  return [int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes]
+
+
+def split(count, y, x):
+  where = decoding.placement("split", meshes.generation_mesh(count), y, x)
+  pieces = normal(2, 1, 2, y, x, 8)
+  state, alone = (vae.init_decoder_state(video_vae, 1, y, x) for _ in range(2))
+  network, state = decoding.place(video_vae, state, where)
+  program = decoding._decode.lower(
+    network, state, jax.device_put(pieces[0], where), 2, 1, where
+  ).compile()
+  worst = 0
+  for piece in pieces:  # takes its state back, or raises
+    padded, dropped, state = program(network, state, jax.device_put(piece, where))
+    want, alone = decoding.decode(video_vae, alone, piece, 2)
+    frames = decoding.Frames(padded, dropped).fetch()
+    worst = max(worst, int(np.abs(frames.astype(int) - want.fetch()).max()))
+  assert state.history[0].sharding == where
+  off = jax.tree.map(
+    lambda a, b: float(np.abs(np.asarray(a) - b).max()), state.history, alone.history
+  )
+  return {
+    "frames": worst,
+    "std": float(frames.std()),
+    "history": max(jax.tree.leaves(off)),
+    "moved": moved(program.as_text()),
+    "shards": [shard.data.shape for shard in padded.addressable_shards],
+  }
+
+
+def refusal(*args):
+  try:
+    decoding.placement(*args)
+  except ValueError as error:
+    return str(error)
+
+
+def devices_of(*args):
+  return [device.id for device in decoding.placement(*args).device_set]
+
+
+print(json.dumps({
+  "std": float(same.std()),
+  "other": bool(np.array_equal(same, other)),
+  "resumed": bool(np.array_equal(same[:, -rest.shape[1] :], rest)),
+  "places": [same_places, other_places],
+  "decoders": decoders,
+  "programs": [same_programs, other_programs],
+  "rows": split(4, 8, 3),
+  "columns": split(8, 3, 8),
+  "uneven": refusal("split", meshes.generation_mesh(3), 44, 80),
+  "none_left": refusal("other", meshes.generation_mesh(8), 4, 4),
+  "unknown": refusal("gpu", None, 4, 4),
+  "beside_two": devices_of("other", meshes.generation_mesh(2), 4, 4),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+  path = [str(TESTS), str(TESTS.parent)]
+  folder = str(tmp_path_factory.mktemp("states"))
+  code = f"import sys\nsys.path[:0] = {path!r}\nFOLDER = {folder!r}\n{SCRIPT}"
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stderr[-3000:]
+  return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_another_device_decodes_the_same_bytes(found):
+  assert found["std"] > 20 and found["other"]
+  # Weights, frames and latents; and the state after each chunk.
+  assert found["places"] == [[[0], [0], [0]], [[1], [1], [0]]]
+  assert found["decoders"] == [[1]] * 4
+  assert found["programs"] == [1, 1]
+  assert found["beside_two"] == [2]
+
+
+def test_a_saved_state_goes_on_where_there_is_one_device(found):
+  assert found["resumed"]
+
+
+@pytest.mark.parametrize(
+  ("axis", "devices", "y", "x"), [("rows", 4, 8, 3), ("columns", 8, 3, 8)]
+)
+def test_a_picture_is_split_over_devices(found, axis, devices, y, x):
+  part, scale = found[axis], TINY_VAE.spatial_factor
+  assert part["frames"] <= 1 and part["std"] > 20 and part["history"] < 1e-5
+  height, width = scale * y, scale * x
+  shape = [height // devices, width] if axis == "rows" else [height, width // devices]
+  assert part["shards"] == [[1, 4, *shape, 3]] * devices
+  # Only the middle attention looks at all pixels: nothing beyond the queries, keys and
+  # values of two latent frames is gathered.
+  assert 0 < max(part["moved"]) <= 2 * y * x * 3 * TINY_VAE.decoder_widths[0]
+
+
+def test_places_that_there_are_not(found):
+  assert found["uneven"] == (
+    "decode_on='split' cannot share 44 rows or 80 columns of latents evenly among "
+    "devices=3; use one of [1, 2, 4, 5, 8], or decode_on='same'"
+  )
+  assert found["none_left"].startswith("decode_on='other' needs a device beside the 8")
+  assert found["unknown"] == "decode_on='gpu' is unknown; use same, other or split"
