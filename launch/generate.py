@@ -164,6 +164,7 @@ def run(
       )
   y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
   mesh = find_mesh(config, sources, board.batch)
+  decode_on = decoding.placement(config.decode_on, mesh, y, x)
   if mesh is not None:
     asked = {*asked, "devices"}  # the planner leaves the others to whoever set some
   planned = None
@@ -176,7 +177,7 @@ def run(
     config = ml_collections.ConfigDict({**config, **planned.changes})
     sampling, sources = find_networks(config)
     mesh = find_mesh(config, sources, board.batch)
-  decode_on = decoding.placement(config.decode_on, mesh, y, x)
+    decode_on = decoding.placement(config.decode_on, mesh, y, x)
   if config.decode_tiles != 1:
     decoder = store.abstract_network("vae", sources.vae.config).decoder
     vae_tiles.check(decoder.upsamples, decoder.head, y, x, config.decode_tiles)
