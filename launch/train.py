@@ -251,13 +251,13 @@ def make_loss(
   dit_config: dit.WanConfig,
   settings: flow.FlowSettings,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """loss(params, batch, key, errors) -> (loss, (metrics, errors)), see `ar_loss`."""
+  """loss(params, batch, key, errors=None) -> (loss, (metrics, errors)): `ar_loss`."""
   features = dit.time_features(
     flow.timestep_table(settings.shift), dit_config.freq_dim
   )  # (1001, freq_dim), one row an index
   quantise = training_settings(config)
 
-  def loss_fn(params, batch, key, errors):
+  def loss_fn(params, batch, key, errors=None):
     params = train_state.cast(params, config.dtype)
     transformer = params["dit"]
     if quantise:
