@@ -117,9 +117,9 @@ def run(model, video_vae, sampling, plot, y, x, on_state=None) -> list[float]:
   mesh = meshes.generation_mesh(sequence=_SEQUENCE_DEVICES.value)
   model = meshes.replicate(model, mesh)
   state = streaming.init_state(
-    model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x
-  )
-  state = streaming.shard_state(state, mesh)
+    model, video_vae, sampling, key=jax.random.key(0), samples=np.arange(1), y=y, x=x,
+    mesh=mesh,
+  )  # fmt: skip
   if video_vae is not None:
     where = decoding.placement(_DECODE_ON.value, mesh, y, x)
     video_vae, decoder = decoding.place(video_vae, state.decoder, where)
@@ -205,9 +205,13 @@ def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
     itemsize=size,
   )
   settings = plan.Plan(
+    sequence_devices=_SEQUENCE_DEVICES.value,
+    decode_on=_DECODE_ON.value,
     decode_frames=_DECODE_FRAMES.value,
     precision=_PRECISION.value,
     kv_format=_KV_FORMAT.value,
+    attention_format=_ATTENTION.value,
+    exchange_format=_EXCHANGE_FORMAT.value,
   )
   table_rates = hardware.this_machine()
   predicted = plan.predict(workload, table_rates, settings)
@@ -228,12 +232,11 @@ def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
   table = bench_stages.stage_table(cases, known, rates)
   denoise_ms = figures["dit_chunk_ms_median"]
   found = sum(row["chunk_ms"] for name, row in table.items() if name != "vae")
-  return {
-    "stages": table,
-    "other_ms": denoise_ms - found,
-    "hardware": dataclasses.asdict(
-      bench_stages.shares(rates, known, table, denoise_ms, decode_ms)
-    ),
+  reported = {"stages": table, "other_ms": denoise_ms - found}
+  if settings.total == 1 and _DECODE_TILES.value == 1:  # else it is no single device's
+    shares = bench_stages.shares(rates, known, table, denoise_ms, decode_ms)
+    reported["hardware"] = dataclasses.asdict(shares)
+  return reported | {
     "predicted": {
       "plan": dataclasses.asdict(settings),
       "rates": table_rates.source,
