@@ -165,8 +165,6 @@ def run(
   y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
   mesh = find_mesh(config, sources, board.batch)
   decode_on = decoding.placement(config.decode_on, mesh, y, x)
-  if mesh is not None:
-    asked = {*asked, *plan.LAYOUT}  # whoever set some means the others, too
   planned = None
   if options.mode == "stream":
     resumed = snapshot is not None

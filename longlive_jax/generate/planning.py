@@ -83,6 +83,9 @@ def fixed_settings(
   config: Mapping[str, Any], asked: Collection[str]
 ) -> dict[str, Any]:
   """Settings of a plan that are not the planner's to choose."""
+  counts = [name for name in plan.LAYOUT if name.endswith("devices")]
+  if any(name in asked or config[name] > 1 for name in counts):
+    asked = {*asked, *plan.LAYOUT}  # whoever set one means the others, too
   fixed = {}
   for field in dataclasses.fields(plan.Plan):
     value = config.get(field.name, field.default)
