@@ -139,10 +139,9 @@ def story_of(batch: int) -> streams.Story:
 def new_state(sampling: Sampling, batch: int, mesh: Mesh | None) -> streams.StreamState:
   """The state before the first chunk."""
   key, samples = jax.random.key(0), np.arange(batch)
-  state = streams.init_state(
-    transformer(), None, sampling, key=key, samples=samples, y=Y, x=X
+  return streams.init_state(
+    transformer(), None, sampling, key=key, samples=samples, y=Y, x=X, mesh=mesh
   )
-  return streams.shard_state(state, mesh)
 
 
 def random_latents(batch: int, frames: int) -> np.ndarray:

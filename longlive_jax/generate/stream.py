@@ -128,13 +128,13 @@ def init_state(
   for name, value in (("height", y), ("width", x)):
     if value % patch:
       raise ValueError(f"{name} of {value} latents must be a multiple of {patch}")
-  batch, key = len(samples), np.asarray(jax.random.key_data(key))
+  batch = len(samples)
 
   def build() -> StreamState:
     return StreamState(
       cache=sampler.init_cache(model, sampling, batch, y, x),
       decoder=vae.init_decoder_state(video_vae, batch, y, x) if video_vae else None,
-      key=jnp.asarray(key),
+      key=jax.random.key_data(key),
       samples=jnp.asarray(samples, jnp.int32),
       chunk=jnp.int32(0),
       frame=jnp.int32(0),
