@@ -13,9 +13,9 @@ from absl import app, flags, logging
 from longlive_jax.checkpoint import convert
 
 _BASE = flags.DEFINE_string("base", None, "Checkpoint folder of the transformer.")
-_LORA = flags.DEFINE_multi_string("lora", None, "Adapter: file or checkpoint folder.")
+_LORA = flags.DEFINE_multi_string("lora", None, "Adapter: file, or ours or PEFT's folder.")
 _WEIGHT = flags.DEFINE_multi_float("weight", [], "Of each adapter; 1 if not given.")
-_ALPHA = flags.DEFINE_float("alpha", None, "Of the adapters; their rank if not given.")
+_ALPHA = flags.DEFINE_float("alpha", None, "Of the adapters; their own if not given.")
 _OUT = flags.DEFINE_string("out", None, "Checkpoint folder to make.")
 
 
