@@ -5,6 +5,7 @@ Merging them and reading published ones: tests/test_convert.py.
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def test_layers_in_runs_and_models_by_step():
   split = dit.split_blocks(lora.attach_lora(model, adapter), [1])
   assert same(lora.attach_lora(dit.split_blocks(model, [1]), adapter), split)
   precision = Precision("w4a16", layers=("blocks/self_attn/q",), plain_steps=(0,))
-  given = [adapters.Adapter("", 1.0, 3, 6.0)]
+  given = [adapters.Adapter(Path("one"), 1.0, 3, 6.0, 0)]
   steps = adapters.attach(apply(model, precision, 2), given, [adapter])
   assert same(steps.models[0], lora.attach_lora(model, adapter))
   packed = steps.models[1].blocks.self_attn.q.weight.get_value()
@@ -248,6 +249,8 @@ def test_a_run_loads_what_it_compiled_for(folder, precision):
   )  # fmt: skip
   source = networks.find_all(choice).dit
   assert [a["weight"] for a in adapters.records(source.loras)] == [0.5, 1.0]
+  counts = [sum(f.size for f in jax.tree.leaves(random_lora(1, rank=r))) for r in (3, 2)]
+  assert [a.parameters for a in source.loras] == counts
   model, abstract = (f(source, "float32") for f in (networks.load, networks.abstract))
   assert jax.tree.structure(model) == jax.tree.structure(abstract)
   shapes = jax.eval_shape(lambda tree: tree, model)

@@ -22,12 +22,14 @@ class Adapter:
     path: file or checkpoint folder, see `lora.load_lora`.
     weight: by which its change is multiplied.
     rank, alpha: its own.
+    parameters: how many numbers it has.
   """
 
   path: Path
   weight: float
   rank: int
   alpha: float
+  parameters: int
 
 
 def find(given: str, config: WanConfig) -> Adapter:
@@ -55,7 +57,8 @@ def find(given: str, config: WanConfig) -> Adapter:
     raise ValueError(
       f"loras={given!r} cannot be used; give 'PATH' or 'PATH:WEIGHT': {error}"
     ) from error
-  return Adapter(path, float(weight), adapter.rank, adapter.alpha)
+  parameters = sum(factor.size for factor in jax.tree.leaves(adapter))
+  return Adapter(path, float(weight), adapter.rank, adapter.alpha, parameters)
 
 
 def describe(adapters: Sequence[Adapter], config: WanConfig) -> list[Lora]:
