@@ -166,8 +166,7 @@ def run(
       )
   y, x = config.height // request.SPATIAL, config.width // request.SPATIAL
   mesh = find_mesh(config, sources, board.batch)
-  if mesh is not None:
-    asked = {*asked, "devices"}  # the planner leaves the others to whoever set some
+  decode_on = decoding.placement(config.decode_on, mesh, y, x)
   planned = None
   if options.mode == "stream":
     resumed = snapshot is not None
@@ -178,7 +177,7 @@ def run(
     config = ml_collections.ConfigDict({**config, **planned.changes})
     sampling, sources = find_networks(config)
     mesh = find_mesh(config, sources, board.batch)
-  decode_on = decoding.placement(config.decode_on, mesh, y, x)
+    decode_on = decoding.placement(config.decode_on, mesh, y, x)
   if config.decode_tiles != 1:
     decoder = store.abstract_network("vae", sources.vae.config).decoder
     vae_tiles.check(decoder.upsamples, decoder.head, y, x, config.decode_tiles)
@@ -262,7 +261,7 @@ def run(
       watch.frames(frames.shape[0] * frames.shape[1])
     else:
       if snapshot is None:
-        state = streams.shard_state(init_state(model, video_vae), mesh)
+        state = init_state(model, video_vae, mesh=mesh)
       else:
         state = store.load(snapshot, streams.shard_state(empty, mesh))
         first_chunk = done = int(state.chunk)
@@ -366,6 +365,16 @@ def find_mesh(
   config: ml_collections.ConfigDict, sources: networks.Sources, batch: int
 ) -> jax.sharding.Mesh | None:
   """The devices that share the work; raises ValueError where they cannot."""
+  count = config.devices * config.guidance_devices * config.sequence_devices
+  if jax.process_count() > 1 and (
+    count != jax.device_count() or config.decode_on == "other"
+  ):
+    raise ValueError(
+      f"devices={config.devices} x guidance_devices={config.guidance_devices} x "
+      f"sequence_devices={config.sequence_devices} must be all "
+      f"{jax.device_count()} devices of the {jax.process_count()} processes, and "
+      f"decode_on={config.decode_on!r} 'same' or 'split'"
+    )
   return on_mesh.mesh_for(
     devices=config.devices,
     guidance_devices=config.guidance_devices,

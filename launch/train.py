@@ -275,7 +275,7 @@ def make_loss(
   dit_config: dit.WanConfig,
   settings: flow.FlowSettings,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """loss(params, batch, key, errors, base) -> (loss, (metrics, errors)).
+  """loss(params, batch, key, errors=None, base=None) -> (loss, (metrics, errors)).
 
   See `ar_loss`. What is in base stands beside params and gets no gradient.
   """
@@ -284,7 +284,7 @@ def make_loss(
   )  # (1001, freq_dim), one row an index
   quantise = training_settings(config)
 
-  def loss_fn(params, batch, key, errors, base=None):
+  def loss_fn(params, batch, key, errors=None, base=None):
     params = train_state.cast({**(base or {}), **params}, config.dtype)
     transformer = params["dit"]
     if quantise:

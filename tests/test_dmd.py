@@ -156,6 +156,7 @@ def test_an_empty_mask_gives_no_loss():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"conditioning_frames": -1}, "and conditioning_frames=-1 at least 0"),
     ({"min_timestep": 0}, "min_timestep=0 and max_timestep=980.0 must ascend"),
     ({"max_timestep": 1000}, "max_timestep=1000 must ascend within"),
     (
@@ -167,6 +168,13 @@ def test_an_empty_mask_gives_no_loss():
 def test_bad_settings(changes, message):
   with pytest.raises(ValueError, match=message):
     dmd.DMDSettings(frames_per_chunk=2, **changes)
+
+
+def test_given_frames_must_be_there():
+  sample = _normal(1, 2, 2, 2, 3)
+  settings = dmd.DMDSettings(frames_per_chunk=2, conditioning_frames=1)
+  with pytest.raises(ValueError, match="initial has 0 frames; must be conditioning_fr"):
+    dmd.noise_sample(sample, sample, jnp.array([[5, 5]]), settings)
 
 
 def test_frames_that_do_not_divide():

@@ -194,10 +194,15 @@ def test_given_frames_stay_given():
   latents = np.ones((3, 4, 2, 2, 3), np.float32)
   settings = flow.FlowSettings(frames_per_chunk=2, conditioning_frames=1)
   buffers = _keep(_empty(), [0.5] * 5, range(0, 1000, 200))
-  inputs, _ = _loss(buffers, settings, latents)
+  inputs, (_, (_, kept)) = _loss(buffers, settings, latents)
   for array in (inputs.noisy, inputs.context):
     np.testing.assert_array_equal(array[:, :1], latents[:, :1])
   assert not inputs.target[:, :1].any()
+  # And no error of them is kept, whatever the network says there.
+  assert kept.filled.sum() > buffers.filled.sum()
+  firsts = np.asarray(kept.noise).reshape(5, 4, *SHAPE)[:, :, 0]
+  new = np.arange(4) >= np.asarray(buffers.filled)[:, None]
+  assert np.any(firsts[new] == 0) and not np.any(firsts[new] == 1)
 
 
 def test_no_gradient_through_what_is_kept():

@@ -188,6 +188,10 @@ def test_which_chunks_train():
       },
       "through_cache=True has no derivative through kv_format='nvfp4'",
     ),
+    (
+      {"sampling": dataclasses.replace(SAMPLING, attention_format="fp8")},
+      "attention_format='fp8' has no derivative; use ''",
+    ),
     ({"context_noise": 1000}, "context_noise=1000 must be a timestep"),
   ],
 )

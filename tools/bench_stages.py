@@ -278,10 +278,13 @@ def shares(
     table: of `stage_table`.
     denoise_ms, decode_ms: of a chunk; None without a decoder.
   """
-  attention = stages["attention"].flops / (1e-3 * table["attention"]["ms"])
-  ratio = hardware.attention_fp8 / hardware.attention
+  (cost,) = stages["attention"].costs
+  rate = stages["attention"].flops / (1e-3 * table["attention"]["ms"])
+  faster = rate / getattr(hardware, cost.unit)  # in 16 or 8 bits; both are scaled
   hardware = dataclasses.replace(
-    hardware, attention=attention, attention_fp8=ratio * attention
+    hardware,
+    attention=faster * hardware.attention,
+    attention_fp8=faster * hardware.attention_fp8,
   )
 
   def share(names: Iterable[str], ms: float) -> float:

@@ -234,7 +234,7 @@ def quantise_network(
   """
   tree, record = _planned(path, kind, dtype, mode, rule, layers)
   packed = pack_leaves(store.load_leaves(path, store.describe(path)), record)
-  device = jax.devices()[0]  # committed to it, as what `store.load` gives
+  device = jax.local_devices()[0]  # committed to it, as what `store.load` gives
   return _filled(tree, {name: jax.device_put(array, device) for name, array in packed})
 
 

@@ -69,7 +69,7 @@ def describe(adapters: Sequence[Adapter], config: WanConfig) -> list[Lora]:
 def load(adapters: Sequence[Adapter], config: WanConfig) -> list[Lora]:
   """The adapters, committed to the first device."""
   loaded = [lora.load_lora(a.path, config.layers) for a in adapters]
-  return jax.device_put(loaded, jax.devices()[0])
+  return jax.device_put(loaded, jax.local_devices()[0])
 
 
 def attach(network: Model, adapters: Sequence[Adapter], loras: Sequence[Lora]) -> Any:

@@ -330,7 +330,8 @@ def _load_base(source: Source, dtype: str) -> Any:
     return packed
   plain = _edges_on_host(source, dtype)
   mixed = precisions.keep_edges(packed, plain, precision.plain_edges)
-  return jax.device_put(mixed, jax.devices()[0])  # the edges are not committed yet
+  # The edges are not committed yet.
+  return jax.device_put(mixed, jax.local_devices()[0])
 
 
 def _edges_on_host(source: Source, dtype: str) -> Any:
@@ -359,7 +360,7 @@ def _build(source: Source, dtype: str) -> Any:
 def _random(source: Source, dtype: str) -> Any:
   if source.precision.mode:
     return random_like(abstract(dataclasses.replace(source, loras=()), dtype))
-  return jax.device_put(_build(source, dtype), jax.devices()[0])
+  return jax.device_put(_build(source, dtype), jax.local_devices()[0])
 
 
 def random_like(abstract: Any) -> Any:
@@ -383,7 +384,7 @@ def random_like(abstract: Any) -> Any:
   distinct = dict(zip(places, leaves, strict=True))
   keys = jax.random.split(jax.random.key(0, impl="rbg"), len(distinct))
   drawn = {
-    place: jax.device_put(_draw(leaf, key), jax.devices()[0])
+    place: jax.device_put(_draw(leaf, key), jax.local_devices()[0])
     for (place, leaf), key in zip(distinct.items(), keys, strict=True)
   }
   return jax.tree.unflatten(structure, [drawn[place] for place in places])

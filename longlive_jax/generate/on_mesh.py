@@ -115,7 +115,8 @@ def _over(
   mesh: Mesh, step: Callable[..., Any], in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
   """step(model, ..., layout=) as a function of global arrays."""
-  layout = Layout(sequence=mesh.shape[SEQUENCE], branch=mesh.shape[BRANCH])
+  sizes = mesh.shape
+  layout = Layout(sizes[SEQUENCE], sizes[BRANCH], sizes[DATA])
 
   # check_vma: latents are equal on the devices that share a video, as all of these
   # gather the same velocities; JAX cannot know.

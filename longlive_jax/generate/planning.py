@@ -18,7 +18,10 @@ from longlive_jax.parallel import hardware, plan
 
 # What of `plan.Plan` the planner fills in. The rest is as the config has it:
 # `attention_format` and `exchange_format` change numbers: never chosen for speed.
-SETTINGS = ("devices", "precision", "kv_format", "decode_frames")
+SETTINGS = (
+  *plan.LAYOUT,
+  "precision", "kv_format", "decode_frames",
+)  # fmt: skip
 # What a saved state was made with, so that a resumed run keeps it.
 NUMBERS = ("precision", "kv_format")
 
@@ -80,6 +83,9 @@ def fixed_settings(
   config: Mapping[str, Any], asked: Collection[str]
 ) -> dict[str, Any]:
   """Settings of a plan that are not the planner's to choose."""
+  counts = [name for name in plan.LAYOUT if name.endswith("devices")]
+  if any(name in asked or config[name] > 1 for name in counts):
+    asked = {*asked, *plan.LAYOUT}  # whoever set one means the others, too
   fixed = {}
   for field in dataclasses.fields(plan.Plan):
     value = config.get(field.name, field.default)
@@ -112,15 +118,16 @@ def workload(
 
 
 def kept_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-  """The config that a state was saved with, but for the layout that was planned.
+  """The config that a state was saved with, but for what is its machine's.
 
-  A resumed run may have other devices: it plans anew.
+  A resumed run may have other devices: it plans anew, or is told.
 
   Args:
     saved: metadata of a snapshot.
   """
   planned = set(saved.get("planned", ())) - set(NUMBERS)
-  return {name: value for name, value in saved["config"].items() if name not in planned}
+  left = planned | {*plan.LAYOUT, "plan", "cache_dir", "programs_dir"}
+  return {name: value for name, value in saved["config"].items() if name not in left}
 
 
 def comparison(planned: Planned | None, fps: float | None) -> dict[str, Any] | None:

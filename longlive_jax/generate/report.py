@@ -48,7 +48,7 @@ class Stopwatch:
     self.start = time.monotonic() - imports
     self.first: float | None = None
     self.last = self.start
-    self.first_frames = self.count = 0
+    self.first_frames = self.count = self.calls = 0
     self.startup = {"imports": imports}
 
   def part(self, name: str) -> None:
@@ -59,14 +59,18 @@ class Stopwatch:
   def frames(self, n: int) -> None:
     self.last = time.monotonic()
     self.count += n
+    self.calls += 1
     if self.first is None:
       self.part("first_chunk")
       self.first, self.first_frames = self.last, n
 
   @property
   def loop_fps(self) -> float | None:
-    """Frames per second after the first chunk; None before there is a second."""
-    if self.first is None or self.last == self.first:
+    """Frames per second after the first chunk; None before there are two more.
+
+    The second is often done when the first is written: alone it would say nothing.
+    """
+    if self.calls < 3 or self.last == self.first:
       return None
     return (self.count - self.first_frames) / (self.last - self.first)
 

@@ -264,7 +264,7 @@ def cached_forward(
     return forward(by_length)
   # cuDNN is 12% faster without lengths, and has none in FP8: all but the first chunks
   # fill the window.
-  full = jnp.all(placement.length == rules.window_frames)
+  full = layout.everywhere(jnp.all(placement.length == rules.window_frames))
   return lax.cond(full, lambda: forward(whole), lambda: forward(by_length))
 
 

@@ -113,8 +113,13 @@ def init_state(
   samples: np.ndarray,
   y: int,
   x: int,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> StreamState:
   """The state before the first chunk of len(samples) videos of y x x latents.
+
+  Args:
+    mesh: of `mesh.generation_mesh`; every device makes its own part. None is the first
+      device.
 
   Raises:
     ValueError: when y or x is odd (a token is 2 x 2).
@@ -123,19 +128,26 @@ def init_state(
   for name, value in (("height", y), ("width", x)):
     if value % patch:
       raise ValueError(f"{name} of {value} latents must be a multiple of {patch}")
-  batch = len(samples)
-  state = StreamState(
-    cache=sampler.init_cache(model, sampling, batch, y, x),
-    decoder=vae.init_decoder_state(video_vae, batch, y, x) if video_vae else None,
-    key=jax.random.key_data(key),
-    samples=jnp.asarray(samples, jnp.int32),
-    chunk=jnp.int32(0),
-    frame=jnp.int32(0),
-    finite=jnp.bool_(True),
-    latent_shape=(y, x, model.config.in_channels),
-  )
-  # Committed, as what the steps return is: else the second chunk compiles again.
-  return jax.device_put(state, jax.local_devices()[0])
+  batch, key = len(samples), np.asarray(jax.random.key_data(key))
+
+  def build() -> StreamState:
+    return StreamState(
+      cache=sampler.init_cache(model, sampling, batch, y, x),
+      decoder=vae.init_decoder_state(video_vae, batch, y, x) if video_vae else None,
+      key=jnp.asarray(key),
+      samples=jnp.asarray(samples, jnp.int32),
+      chunk=jnp.int32(0),
+      frame=jnp.int32(0),
+      finite=jnp.bool_(True),
+      latent_shape=(y, x, model.config.in_channels),
+    )
+
+  if mesh is None:
+    # Committed, as what the steps return is: else the second chunk compiles again.
+    return jax.device_put(build(), jax.local_devices()[0])
+  # Never whole on one device: the caches of all videos would not fit there.
+  spread = shard_state(jax.eval_shape(build), mesh)
+  return jax.jit(build, out_shardings=jax.tree.map(lambda a: a.sharding, spread))()
 
 
 def shard_state(state: StreamState, mesh: jax.sharding.Mesh | None) -> StreamState:

@@ -130,7 +130,7 @@ def this_machine() -> Hardware:
   if hardware.shared:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   else:
-    stats = devices[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     memory = stats.get("bytes_limit", hardware.memory)
   return dataclasses.replace(
     hardware, kind=kind, source=source, memory=float(memory), count=len(devices)

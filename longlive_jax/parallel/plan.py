@@ -30,13 +30,12 @@ USABLE = 0.95
 # What a plan must be faster by to be worth more devices.
 WORTH = 0.02
 LATENCY = 2e-5  # seconds of a collective that moves nothing, assumed
-# Rows of the VAE's third stage, at 4 times the latent rows, that a tile shares with its
-# neighbour: one for each of the 7 convolutions of that stage, half for the last one's.
-HALO = 10.5 / 4
 
 # From all bits to few: tried in this order.
 PRECISIONS = ("", "w8a16", "w4a16")
 KV_FORMATS = ("", "fp8", "nvfp4")
+# Where work is done: these change no number beyond rounding.
+LAYOUT = ("devices", "sequence_devices", "guidance_devices", "decode_on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,7 @@ class Plan:
     devices: groups of devices; each has its share of the videos.
     sequence_devices: of a group, that share the tokens and heads of a chunk.
     guidance_devices: of a group, that share the branches of guidance.
-    decode_on: 'same' device as denoises, an'other' one, or 'split' over a group.
-    decode_tiles: pieces of a frame that are decoded one after the other.
+    decode_on: 'same' device as denoises, an'other' one, or 'split' over all of them.
     decode_frames: latent frames that are decoded together.
     precision, kv_format: of weights and of cache.
     attention_format: of what attention to the window multiplies.
@@ -102,7 +100,6 @@ class Plan:
   sequence_devices: int = 1
   guidance_devices: int = 1
   decode_on: str = "same"
-  decode_tiles: int = 1
   decode_frames: int = 1
   precision: str = ""
   kv_format: str = ""
@@ -118,6 +115,11 @@ class Plan:
   def total(self) -> int:
     """Devices in use."""
     return self.devices * self.group + (self.decode_on == "other")
+
+  @property
+  def picture_devices(self) -> int:
+    """Devices that decode a picture together."""
+    return self.total if self.decode_on == "split" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,22 +229,24 @@ def decode_seconds(workload: Workload, hardware: Hardware, plan: Plan) -> float:
   """Decoding a chunk on the device, or the devices, that do."""
   if workload.vae is None:
     return 0.0
-  apart = plan.decode_on == "other"
   stage = costs.decode_stage(
     workload.vae,
     workload.y,
     workload.x,
-    videos=workload.batch if apart else workload.batch // plan.devices,
+    videos=decoded_videos(workload, plan),
     frames=workload.frames_per_chunk,
     frames_per_call=min(plan.decode_frames, workload.frames_per_chunk),
     itemsize=workload.itemsize,
   )
   seconds = stage.calls * hardware.floor(stage) / hardware.decode_share
-  if plan.decode_tiles > 1:
-    seconds *= 1 + 2 * HALO * (plan.decode_tiles - 1) / workload.y
-  if plan.decode_on == "split":
-    seconds *= -(-workload.y // plan.group) / workload.y
-  return seconds
+  return seconds / plan.picture_devices
+
+
+def decoded_videos(workload: Workload, plan: Plan) -> int:
+  """Videos that a decoder has a part in."""
+  if plan.decode_on == "same":
+    return workload.batch // plan.devices
+  return workload.batch
 
 
 def memory_of(
@@ -260,9 +264,7 @@ def memory_of(
   vae = workload.vae
   if vae is None:
     return memory | {"temporaries": denoising}, {}
-  apart = plan.decode_on == "other"
-  videos = workload.batch if apart else workload.batch // plan.devices
-  parts = plan.group if plan.decode_on == "split" else 1
+  videos, parts = decoded_videos(workload, plan), plan.picture_devices
   grid = (workload.y, workload.x)
   vae_weights = costs.decoder_bytes(vae, size)
   if workload.encoder:
@@ -275,8 +277,8 @@ def memory_of(
   }
   together = min(plan.decode_frames, workload.frames_per_chunk)
   decoding = videos * costs.decoding_bytes(vae, *grid, together, size)
-  decoding /= parts * plan.decode_tiles
-  if apart:
+  decoding /= parts
+  if plan.decode_on == "other":
     return memory | {"temporaries": denoising}, decoder | {"temporaries": decoding}
   # One program after the other: the memory of the first serves the second.
   return memory | decoder | {"temporaries": max(denoising, decoding)}, {}
@@ -298,8 +300,13 @@ def problem(workload: Workload, hardware: Hardware, plan: Plan) -> str:
     return f"guidance_devices={plan.guidance_devices} needs guidance; use 1"
   if plan.decode_on not in ("same", "other", "split"):
     return f"decode_on={plan.decode_on!r} is unknown; use 'same', 'other' or 'split'"
-  if plan.decode_on == "split" and plan.group == 1:
-    return "decode_on='split' needs several devices that generate the same video"
+  if plan.decode_on == "split" and plan.total == 1:
+    return "decode_on='split' needs several devices; use 'same'"
+  if workload.y % plan.picture_devices and workload.x % plan.picture_devices:
+    return (
+      f"decode_on='split' cannot share {workload.y} rows or {workload.x} columns of "
+      f"latents evenly among {plan.total} devices; use 'same'"
+    )
   if plan.decode_on != "same" and workload.vae is None:
     return f"decode_on={plan.decode_on!r} needs a VAE"
   if plan.total > hardware.count:
@@ -322,7 +329,6 @@ def layouts(
   }
   if hardware.shared:
     options = {name: (getattr(Plan(), name),) for name in options}
-  options["decode_tiles"] = (1, 2, 4, 8) if workload.vae else (1,)
   fewer = range(decode_frames, 0, -1)
   options["decode_frames"] = [n for n in fewer if decode_frames % n == 0]
   options |= {name: (value,) for name, value in fixed.items()}
@@ -387,7 +393,9 @@ def _choose(workload, hardware, fixed, decode_frames=1) -> Prediction:
     if fitting := [p for p in predictions if p.fits]:
       fastest = min(p.seconds for p in fitting)
       near = [p for p in fitting if p.seconds <= (1 + WORTH) * fastest]
-      return min(near, key=lambda p: (p.plan.total, p.seconds))
+      return min(
+        near, key=lambda p: (p.plan.total, p.plan.decode_on != "same", p.seconds)
+      )
     smallest = min([*predictions, *([smallest] if smallest else [])],
                    key=lambda p: p.peak)  # fmt: skip
   return smallest

@@ -21,7 +21,7 @@ from jax import lax
 
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.kernels.nvfp4_quantise import quantise
-from longlive_jax.parallel.mesh import BRANCH, SEQUENCE
+from longlive_jax.parallel.mesh import BRANCH, DATA, SEQUENCE
 from longlive_jax.quant import fp8, nvfp4
 
 Array = jax.Array
@@ -36,15 +36,23 @@ class Layout:
   Attributes:
     sequence: devices that share its tokens and heads.
     branch: devices that share its rows with and without prompt.
+    data: devices, or groups of them, that have other videos.
   """
 
   sequence: int = 1
   branch: int = 1
+  data: int = 1
 
   @property
   def axes(self) -> tuple[str, ...]:
     """Mesh axes that tokens or heads are spread over."""
     return (SEQUENCE,) if self.sequence > 1 else ()
+
+  def everywhere(self, flag: Array) -> Array:
+    """Whether a flag, bool (), is set on all devices: they must not take two ways."""
+    sizes = {DATA: self.data, BRANCH: self.branch, SEQUENCE: self.sequence}
+    axes = tuple(name for name, size in sizes.items() if size > 1)
+    return lax.pmin(flag.astype(jnp.int32), axes) > 0 if axes else flag
 
   # ---------------------------------------------------------------- rows
   def own_rows(self, x: Array) -> Array:

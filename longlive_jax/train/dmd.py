@@ -53,6 +53,11 @@ class DMDSettings:
   reference: bool = False
 
   def __post_init__(self):
+    if self.frames_per_chunk < 1 or self.conditioning_frames < 0:
+      raise ValueError(
+        f"frames_per_chunk={self.frames_per_chunk} must be at least 1 and "
+        f"conditioning_frames={self.conditioning_frames} at least 0"
+      )
     if not 0 < self.min_timestep <= self.max_timestep < NUM_TRAIN_TIMESTEPS:
       raise ValueError(
         f"min_timestep={self.min_timestep} and max_timestep={self.max_timestep} must "
@@ -112,7 +117,16 @@ def noise_sample(
       image-to-video (`flow.draw_indices`).
     initial: (b, settings.conditioning_frames, ...), which replace those of the sample.
     mask: bool (b, f, ...), where losses count besides; None is everywhere.
+
+  Raises:
+    ValueError: initial frames that are not as many as the settings say.
   """
+  found = 0 if initial is None else initial.shape[1]
+  if found != settings.conditioning_frames:
+    raise ValueError(
+      f"initial has {found} frames; must be "
+      f"conditioning_frames={settings.conditioning_frames}"
+    )
   timestep = score_timestep(raw, settings)
   given = jnp.arange(sample.shape[1]) < settings.conditioning_frames
   spread = given.reshape(1, -1, *[1] * (sample.ndim - 2))

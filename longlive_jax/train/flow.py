@@ -281,13 +281,15 @@ def prediction_errors(
   """What the network got wrong: in the clean latents, and in the noise (SPEC 6).
 
   Returns:
-    (b, f, ...) each, float32, without gradient.
+    (b, f, ...) each, float32, without gradient; 0 in frames that do not count, where it
+    may say anything.
   """
   sigmas = jnp.append(training_grid(settings.shift).sigmas, 0.0)
   sigma = sigmas[inputs.index][:, :, None, None, None]
   velocity = jax.lax.stop_gradient(velocity).astype(jnp.float32)
-  latent_error = inputs.noisy - sigma * velocity - clean
-  return latent_error, (velocity - inputs.target) * (1 - sigma)
+  counts = inputs.mask[:, :, None, None, None]
+  latent_error = (inputs.noisy - sigma * velocity - clean) * counts
+  return latent_error, (velocity - inputs.target) * (1 - sigma) * counts
 
 
 def _jitter(key: jax.Array, context: jax.Array, settings: FlowSettings) -> jax.Array:

@@ -57,6 +57,12 @@ class RolloutSettings:
       )
     if self.sampling.clean_recache:
       raise ValueError("clean_recache=True is for generation; rollouts do without")
+    for name in ("attention_format", "exchange_format"):
+      if getattr(self.sampling, name):
+        raise ValueError(
+          f"{name}={getattr(self.sampling, name)!r} has no derivative; use '' in a "
+          "training rollout"
+        )
     if self.through_cache and self.sampling.kv_format:
       raise ValueError(
         f"through_cache=True has no derivative through kv_format="
