@@ -46,7 +46,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
 
   # Networks: names in the tables of sizes. `weights` is a folder with dit, vae, text
   # and tokenizer.json: empty for what ships with the package (toy only), 'random' to
-  # measure speed. The next four replace single parts of it.
+  # measure speed. The next four replace single parts of it. `loras` are adapters beside
+  # the transformer's weights, in whatever format these are: ("PATH", "PATH:0.8").
   config.size = size
   config.vae = "toy"
   config.text = "toy"
@@ -55,6 +56,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.vae_weights = ""
   config.text_weights = ""
   config.tokenizer = ""
+  config.loras = ()
   config.dtype = "float32"
 
   # Numbers. `precision` quantises the transformer while it is loaded, 'w4a16' and

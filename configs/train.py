@@ -92,6 +92,14 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.quantise.tiles = True  # weights in 16 x 16
   c.quantise.hadamard = True  # in the gradient of weights
 
+  # An adapter is trained instead of the networks, on those of `init`: see
+  # longlive_jax/train/lora.py. Only it is saved, as model/lora and model/peft.
+  c.lora = ml_collections.ConfigDict()
+  c.lora.rank = 0  # off
+  c.lora.alpha = 0.0  # 0: the rank
+  c.lora.layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
+  c.lora.precision = ""  # of the base, as in configs/generate.py
+
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.learning_rate = 8e-4
   c.optimizer.final_ratio = 0.01

@@ -17,6 +17,7 @@ device, speed, bytes by precision) to the output folder. Others:
   ... --save_state DIR --save_every 4         then --resume DIR, --rewind_to 8
   ... --config configs/generate.py:ti2v-5b --config.weights=DIR --config.steps=4
   ... --config configs/generate.py:toy,nvfp4,kv=nvfp4     4-bit weights, 4-bit cache
+  ... --config.loras='("lora.safetensors", "ckpt/lora:0.8")'   adapters, not merged
   ... --config.sequence_devices=4             four GPUs share each video
   ... --distributed=HOST:PORT,0,2             process 0 of 2, each with its own GPUs
   ... --mode bidirectional                    one clip by the plain base model
@@ -41,6 +42,7 @@ from ml_collections import config_flags
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import (
+  adapters,
   decoding,
   networks,
   on_mesh,
@@ -248,6 +250,7 @@ def run(
   writes = jax.process_index() == 0
   record = recorder.Recorder(output, board.batch if writes else 0, config.fps)
   about = {"config": config.to_dict(), "storyboard": board.record()}
+  about["loras"] = adapters.records(sources.dit.loras)
   about["planned"] = list(planned.changes) if planned else []
   stop = StopRequest()
   first_chunk, done, state, saved, error = 0, 0, None, None, ""

@@ -25,8 +25,9 @@ from absl import logging as absl_logging
 from flax import nnx
 from ml_collections import config_flags
 
-from longlive_jax.checkpoint import store
+from longlive_jax.checkpoint import lora, store
 from longlive_jax.data.clips import ClipSource, clip_source
+from longlive_jax.generate import networks
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
@@ -34,6 +35,7 @@ from longlive_jax.programs import keep_programs
 from longlive_jax.quant.training import TrainingSettings, prepare_training
 from longlive_jax.stopping import StopRequest
 from longlive_jax.train import flow, latents, loop, recycle
+from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
 
 # Flags belong to the process only when this file is the program: tests import several.
@@ -114,11 +116,19 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     )
 
   # ------------------------------------------------------------------ networks
-  params = init_params(config, dit_config, text_config)
+  adapter = train_lora.LoraSettings(**config.lora)
+  if adapter.rank:
+    params, base = train_lora.start(
+      adapter, config.init, config.dit, config.dtype, config.seed
+    )
+  else:
+    params, base = init_params(config, dit_config, text_config), {}
   for name, network in params.items():
     count = sum(a.size for a in jax.tree.leaves(network))
     log.info("%s: %.2f million parameters", name, count / 1e6)
-  frozen = {"dit": False, "text": True} if config.train_text == "frozen" else None
+  frozen = None
+  if config.train_text == "frozen" and not base:
+    frozen = {"dit": False, "text": True}
   optimizer = train_state.make_optimizer(optimizer_settings, frozen)
   errors = None
   if recycling.buckets:
@@ -135,11 +145,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   schedule = train_state.learning_rate(optimizer_settings)
   key = jax.random.key(config.seed)
 
-  def step_fn(state, batch):
+  def step_fn(state, batch, base):
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     step_key = jax.random.fold_in(key, state.step)
     (loss, (metrics, errors)), gradients = gradient_fn(
-      state.params, batch, step_key, state.errors
+      state.params, batch, step_key, state.errors, base
     )
     metrics["loss"] = loss
     metrics["gradient_norm"] = optax.global_norm(gradients)
@@ -156,7 +166,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   step_fn = jax.jit(step_fn, donate_argnums=0)
 
   # ------------------------------------------------------------------ resume
-  checkpoints = loop.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+  checkpoints = loop.Checkpoints(
+    workdir / "checkpoints", config.keep_checkpoints, config.init if base else ""
+  )
   if checkpoints.steps():
     state, iterator_state = checkpoints.restore(state)
     batches.set_state(iterator_state)
@@ -169,7 +181,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   stop = StopRequest()
   with stop.on_signals("step"):
     for step in range(first + 1, config.steps + 1):
-      state, metrics = step_fn(state, next(batches))
+      state, metrics = step_fn(state, next(batches), base)
       metrics_log.add(metrics)
       if step % config.log_every == 0 or step == config.steps:
         line = metrics_log.write(step)
@@ -188,7 +200,10 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 
   # ------------------------------------------------------------------ result
   if int(state.step) == config.steps:
-    export(state, tokenizer, workdir / "model", config.export_dtype)
+    if adapter.rank:
+      train_lora.export(state.ema, workdir / "model", "launch/train.py", config.init)
+    else:
+      export(state, tokenizer, workdir / "model", config.export_dtype)
     log.info("wrote %s", workdir / "model")
   return line
 
@@ -226,12 +241,21 @@ def check(
   for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
     if config[name] < 1:
       raise ValueError(f"{name}={config[name]} must be at least 1")
+  network = store.abstract_network("dit", dit_config)
+  adapter = train_lora.LoraSettings(**config.lora)
+  if adapter.rank:
+    source = train_lora.find_base(adapter, config.init, config.dit)
+    network = networks.abstract(source, config.dtype)
+    if config.train_text != "frozen":
+      raise ValueError(
+        f"lora.rank={adapter.rank} trains the adapter alone, so "
+        f"train_text={config.train_text!r} cannot be; set train_text='frozen'"
+      )
   quantise = training_settings(config)
   if quantise:  # finds layers that are not there or do not fit, without building any
     prepare = functools.partial(
       prepare_training, patterns=config.quantise.layers, settings=quantise
     )
-    network = store.abstract_network("dit", dit_config)
     jax.eval_shape(prepare, network, key=jax.random.key(0))
   return dit_config, text_config
 
@@ -251,14 +275,17 @@ def make_loss(
   dit_config: dit.WanConfig,
   settings: flow.FlowSettings,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """loss(params, batch, key, errors=None) -> (loss, (metrics, errors)): `ar_loss`."""
+  """loss(params, batch, key, errors=None, base=None) -> (loss, (metrics, errors)).
+
+  See `ar_loss`. What is in base stands beside params and gets no gradient.
+  """
   features = dit.time_features(
     flow.timestep_table(settings.shift), dit_config.freq_dim
   )  # (1001, freq_dim), one row an index
   quantise = training_settings(config)
 
-  def loss_fn(params, batch, key, errors=None):
-    params = train_state.cast(params, config.dtype)
+  def loss_fn(params, batch, key, errors=None, base=None):
+    params = train_state.cast({**(base or {}), **params}, config.dtype)
     transformer = params["dit"]
     if quantise:
       # Far from the numbers of a split: the draws of the loss stay what they are.
@@ -266,6 +293,8 @@ def make_loss(
       transformer = prepare_training(
         transformer, config.quantise.layers, quantise, rounding
       )
+    if "lora" in params:
+      transformer = lora.attach_lora(transformer, params["lora"])
     b, segments, k = batch["ids"].shape
     ids, text_mask = batch["ids"], batch["text_mask"]
     context = params["text"](ids.reshape(-1, k), text_mask.reshape(-1, k))

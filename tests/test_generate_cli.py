@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from longlive_jax.checkpoint import quantised, store
+from longlive_jax.checkpoint import convert, lora, quantised, store
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.generate import (
   networks,
@@ -122,6 +122,48 @@ def test_prompts_to_video(generate, config, tmp_path):
   assert saved["device"]["count"] >= 1
   # 2 prompts (one with and one without the prefix for shot 1) and the negative one.
   assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_adapters_beside_any_weights(generate, config, weights, tmp_path):
+  """On plain weights as if merged; on packed ones they act, too; both are reported."""
+  rng = np.random.default_rng(5)
+  factors = {
+    "blocks.ffn.fc1.weight": (
+      rng.normal(0, 0.1, (2, 3, 64)).astype(np.float32),
+      rng.normal(0, 0.1, (2, 96, 3)).astype(np.float32),
+    )
+  }
+  lora.save_lora(tmp_path / "one", lora.Lora(factors, 3, 3.0))
+  convert.merge(
+    str(weights / "dit"), [str(tmp_path / "one")], str(tmp_path / "merged"), [1.5]
+  )
+
+  config.update(dict(steps=1, guidance=1.0, width=32, plan="off"))
+
+  def keys(name, **settings):
+    options = generate.Options(
+      prompt=("a red circle",), chunks=1, output=str(tmp_path / name),
+      save_state=str(tmp_path / f"{name}_state"),
+    )  # fmt: skip
+    config.update(settings)
+    assert not generate.run(config, options)["error"]
+    return store.load(tmp_path / f"{name}_state" / "chunk_00001")["cache.k"]
+
+  merged = keys("merged", dit_weights=str(tmp_path / "merged"))
+  plain = keys("plain", dit_weights="")
+  loras = (f"{tmp_path}/one", f"{tmp_path}/one:0.5")
+  beside = keys("beside", loras=loras)
+  np.testing.assert_allclose(beside, merged, rtol=1e-3, atol=1e-3)
+  assert np.abs(plain - merged).max() > 0.01
+  packed = keys("packed", precision="w4a16", precision_layers=("blocks/ffn/fc1",))
+  assert np.abs(packed - merged).max() < np.abs(packed - plain).max()
+  report = json.loads((tmp_path / "packed" / "run.json").read_text())
+  assert [(a["path"], a["weight"], a["rank"]) for a in report["loras"]] == [
+    (f"{tmp_path}/one", 1.0, 3), (f"{tmp_path}/one", 0.5, 3)
+  ]  # fmt: skip
+  config.loras = (f"{tmp_path}/two:0.5",)
+  with pytest.raises(ValueError, match=r"loras='.*two:0.5' cannot be used.*two does"):
+    generate.run(config, generate.Options(prompt=("a",), output=str(tmp_path / "x")))
 
 
 def test_resume_rewind_and_branch(generate, config, tmp_path):

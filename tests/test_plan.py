@@ -45,6 +45,12 @@ def test_predictions_are_near_what_was_measured(run):
     assert predicted == pytest.approx(value, rel=0.15)
 
 
+def test_adapters_take_memory():
+  more = dataclasses.replace(FULL, adapter_parameters=10**9)
+  apart = plan.predict(more, H200, Plan()).peak - plan.predict(FULL, H200, Plan()).peak
+  assert apart == 2 * 10**9  # bytes
+
+
 def test_what_is_added_up_and_what_overlaps():
   same, other = (plan.predict(FULL, H200, Plan(decode_on=w)) for w in ("same", "other"))
   assert same.seconds == same.denoise_seconds + same.stages["vae"]

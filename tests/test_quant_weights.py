@@ -13,6 +13,7 @@ from random_weights import normal, random_dit
 
 from longlive_jax.checkpoint import lora, store
 from longlive_jax.layers import linear
+from longlive_jax.layers.lora import LoraWeight
 from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, training, weights
 from longlive_jax.quant.nvfp4 import NVFP4Array
@@ -175,7 +176,8 @@ def test_an_adapter_over_a_quantised_weight_learns():
   outer = normal(5, 16, seed=4)
 
   def loss(factors):
-    return jnp.vdot(outer, linear.matmul(x, lora.LoraWeight(base, *factors, 0.5)))
+    a, b = factors
+    return jnp.vdot(outer, linear.matmul(x, LoraWeight(base, a, 0.5 * b)))
 
   grad_a, grad_b = jax.jit(jax.grad(loss))((a, b))
   np.testing.assert_allclose(grad_a, 0.5 * (outer @ b).T @ x, rtol=1e-4, atol=1e-4)

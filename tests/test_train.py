@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from longlive_jax.checkpoint import store
+from longlive_jax.checkpoint import lora, store
 from longlive_jax.data.clips import clip_source
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.models import dit, umt5, vae
@@ -347,3 +348,54 @@ def test_sizes_used_here_fit_together():
   assert dit.SIZES["toy"].text_dim == umt5.UMT5_SIZES["toy"].dim
   assert dit.SIZES["toy"].text_len == umt5.UMT5_SIZES["toy"].text_len
   assert dit.SIZES["toy"].in_channels == vae.VAE_SIZES["toy"].z_dim
+
+
+# ---------------------------------------------------------------------- an adapter
+def test_an_adapter_on_four_bits_is_trained_saved_and_exported_alone(folder, straight):
+  adapted = {
+    "init": str(straight / "model"), "train_text": "frozen", "lora.rank": 2,
+    "lora.layers": ("blocks/self_attn/*",), "lora.precision": "w4a16",
+    "checkpoint_every": 4,
+  }  # fmt: skip
+  workdir = folder / "adapter"
+  script.train(make_config(folder, workdir, **adapted))
+  saved = loop.Checkpoints(workdir / "checkpoints", 2)
+  assert saved.steps() == [4, 6]
+  names = store.describe(saved.folder / "6")
+  assert all(".self_attn." in n for n in names if n.startswith(("params", "ema")))
+  assert not any("text" in name or "ffn" in name for name in names)
+  result = lora.load_lora(workdir / "model" / "lora", 2)
+  assert (result.rank, result.alpha, len(result.factors)) == (2, 2.0, 4)
+  assert all(np.abs(b).max() > 0 for _, b in result.factors.values())
+  peft = lora.load_lora(workdir / "model" / "peft", 2)
+  jax.tree.map(np.testing.assert_array_equal, peft, result)
+  assert not (workdir / "model" / "dit").exists()
+
+  shutil.rmtree(saved.folder / "6")
+  before = losses(workdir)
+  script.train(make_config(folder, workdir, **adapted))
+  assert losses(workdir) == before
+  moved = shutil.copytree(straight / "model", folder / "moved")
+  changed = make_config(folder, workdir, **{**adapted, "init": str(moved)})
+  with pytest.raises(ValueError, match=r"was trained on the base .* give that one"):
+    script.train(changed)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"lora.rank": 2}, "lora.rank=2 needs a transformer .* set init"),
+    ({"lora.rank": 2, "init": "model"}, "train_text='joint' cannot be; set"),
+    ({"lora.rank": -2}, "lora.rank=-2 must not be negative"),
+    (
+      {"lora.rank": 2, "init": "model", "train_text": "frozen",
+       "lora.precision": "w4a16", "quantise.mode": "nvfp4"},
+      "is quantised already",
+    ),
+  ],
+)  # fmt: skip
+def test_adapters_that_cannot_be_trained(folder, straight, changes, message):
+  if "init" in changes:
+    changes = {**changes, "init": str(straight / "model")}
+  with pytest.raises(ValueError, match=message):
+    script.check(make_config(folder, "unused", **changes))

@@ -4,7 +4,8 @@
 
 Names, shapes, dtypes and bytes are those of the file that was converted. The VAE's
 latent statistics, which PyTorch files lack, go into the file's header. A transformer
-that is quantised to NVFP4 is written in FourOverSix's layout.
+that is quantised to NVFP4 is written in FourOverSix's layout. Of an adapter, --out is
+a folder with the two files of PEFT.
 """
 
 import sys
@@ -14,7 +15,7 @@ from absl import app, flags, logging
 from longlive_jax.checkpoint import convert, four_over_six, store
 
 _SOURCE = flags.DEFINE_string("source", None, "Checkpoint folder.")
-_OUT = flags.DEFINE_string("out", None, "File to make, .safetensors.")
+_OUT = flags.DEFINE_string("out", None, "File to make, or folder for an adapter.")
 _PREFIX = flags.DEFINE_string("prefix", "", "In front of every name, e.g. 'model.'.")
 
 

@@ -66,8 +66,8 @@ def export(source: str, out: str, prefix: str = "") -> None:
 
   Args:
     source: checkpoint folder.
-    out: file to make.
-    prefix: in front of every name, e.g. "model.".
+    out: file to make; of an adapter, PEFT's folder.
+    prefix: in front of every name, e.g. "model."; not of an adapter.
 
   Raises:
     FileNotFoundError, ValueError: no checkpoint, damaged, not of a network, or its
@@ -75,6 +75,10 @@ def export(source: str, out: str, prefix: str = "") -> None:
   """
   record = store.load_metadata(source)
   kind = record.get("kind")
+  if kind == "lora":
+    adapter = lora.load_lora(source, layers=0)  # a checkpoint knows its own
+    lora.save_peft(out, adapter, record.get("base", ""))
+    return
   if kind not in torch_names.TABLES:
     raise ValueError(
       f"source={source} holds a {kind!r}; give one of {sorted(torch_names.TABLES)}"

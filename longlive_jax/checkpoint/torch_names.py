@@ -206,6 +206,18 @@ def parameter_path(kind: str, name: str) -> tuple[str, int | None] | None:
   return None
 
 
+def module_names(kind: str, path: str, layers: int) -> list[str]:
+  """PyTorch's names of the layers whose weight is the parameter `path`, in order.
+
+  Args:
+    layers: how many are stacked in it; without effect where none are.
+  """
+  rule, holes = _rule(kind, path)
+  count = layers if rule.stacked else 1
+  names = (rule.torch.format(layer=i, **holes) for i in range(count))
+  return [name.removesuffix(".weight") for name in names]
+
+
 def torch_tensors(
   kind: str, config: Any, path: str, shape: Shape
 ) -> list[tuple[str, Shape]]:

@@ -16,6 +16,8 @@ from flax import nnx
 
 import longlive_jax
 from longlive_jax.checkpoint import quantised, store
+from longlive_jax.checkpoint.lora import Lora
+from longlive_jax.generate import adapters
 from longlive_jax.generate import precision as precisions
 from longlive_jax.generate.precision import PLAIN, Precision
 from longlive_jax.models.text import Tokenizer
@@ -41,6 +43,8 @@ class Choice:
     precision_layers, precision_plain_edges, precision_plain_steps: of `Precision`;
       a quantised checkpoint has its own.
     steps: of the solver; the plain ones are among them.
+    loras: adapters beside the transformer's weights, of any format: 'PATH' or
+      'PATH:WEIGHT', files or checkpoint folders.
   """
 
   size: str = "toy"
@@ -57,6 +61,7 @@ class Choice:
   precision_plain_edges: int = 0
   precision_plain_steps: tuple[int, ...] = ()
   steps: int = 4
+  loras: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Source:
     path: checkpoint folder, or None for random weights.
     precision: how to quantise it on loading, or to use it if it is quantised.
     steps: solver steps, which precision may depend on.
+    loras: of a transformer.
   """
 
   kind: str
@@ -76,6 +82,7 @@ class Source:
   path: Path | None
   precision: Precision = PLAIN
   steps: int = 4
+  loras: tuple[adapters.Adapter, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +133,8 @@ def find_all(choice: Choice) -> Sources:
     precision=precision,
     steps=choice.steps,
   )
+  loras = tuple(adapters.find(given, dit.config) for given in choice.loras)
+  dit = dataclasses.replace(dit, loras=loras)
   vae = find("vae", choice.vae, weights(choice.vae_weights, "vae"))
   text = find("umt5", choice.text, weights(choice.text_weights, "text"))
   check_together(dit, vae, text)
@@ -266,28 +275,40 @@ def abstract(source: Source, dtype: str) -> Any:
 
   An array that stands in two places is one object here, too.
   """
+  packed = None
   if source.path is not None and store.is_packed(store.load_metadata(source.path)):
     mode = source.precision.mode
-    return quantised.abstract_network(source.path, source.kind, dtype, mode=mode)
+    packed = quantised.abstract_network(source.path, source.kind, dtype, mode=mode)
+  loras = adapters.describe(source.loras, source.config)
   places = []
 
-  def build() -> Any:
-    plain = _build(source, dtype)
-    network = precisions.apply(plain, source.precision, source.steps)
+  def build(packed: Any, loras: Sequence[Lora]) -> Any:
+    network = packed
+    if packed is None:
+      plain = _build(source, dtype)
+      network = precisions.apply(plain, source.precision, source.steps)
+    network = adapters.attach(network, source.loras, loras)
     ids = [id(leaf) for leaf in jax.tree.leaves(network)]
     places.extend(map(ids.index, ids))
     return network
 
-  leaves, structure = jax.tree.flatten(jax.eval_shape(build))
+  leaves, structure = jax.tree.flatten(jax.eval_shape(build, packed, loras))
   return structure.unflatten([leaves[place] for place in places])
 
 
 def load(source: Source, dtype: str) -> Any:
-  """The network with its weights, committed to the first device.
+  """The network with its weights and adapters, committed to the first device.
 
   A quantised checkpoint is loaded as it is; a precision then says what its weights are
   multiplied with.
   """
+  network = _load_base(source, dtype)
+  return adapters.attach(
+    network, source.loras, adapters.load(source.loras, source.config)
+  )
+
+
+def _load_base(source: Source, dtype: str) -> Any:
   kind, path, precision = source.kind, source.path, source.precision
   if path is None:
     return _random(source, dtype)
@@ -338,7 +359,7 @@ def _build(source: Source, dtype: str) -> Any:
 
 def _random(source: Source, dtype: str) -> Any:
   if source.precision.mode:
-    return random_like(abstract(source, dtype))
+    return random_like(abstract(dataclasses.replace(source, loras=()), dtype))
   return jax.device_put(_build(source, dtype), jax.local_devices()[0])
 
 

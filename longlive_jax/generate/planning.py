@@ -113,6 +113,7 @@ def workload(
     itemsize=jnp.dtype(config["dtype"]).itemsize,
     encoder=True,
     plain_copy=bool(config["precision_plain_steps"]),
+    adapter_parameters=sum(adapter.parameters for adapter in sources.dit.loras),
   )
 
 

@@ -50,7 +50,7 @@ FEW_ROWS = 64
 def _w4a16(weight: nvfp4.NVFP4Array, x: Array) -> Array:
   if x.size // x.shape[-1] <= FEW_ROWS and launch.on_triton(None):
     return weights.packed_product(x, weight)
-  return matmul_rule(dequantise(weight, dtype=x.dtype), x)
+  return _dequantised_product(x, weight)
 
 
 @matmul_rule.register
@@ -60,7 +60,7 @@ def _w4a4(weight: weights.W4A4, x: Array) -> Array:
 
 @matmul_rule.register
 def _w8a16(weight: fp8.FP8Array, x: Array) -> Array:
-  return matmul_rule(fp8.dequantise(weight, x.dtype), x)
+  return _dequantised_product(x, weight)
 
 
 @matmul_rule.register
@@ -68,6 +68,28 @@ def _w8a8(weight: weights.W8A8, x: Array | fp8.Rows) -> Array:
   if isinstance(x, fp8.Rows):
     return fp8.product(x, weight.weight)
   return weights.fp8_product(x, weight.weight)
+
+
+@jax.custom_vjp
+def _dequantised_product(
+  x: Array, weight: nvfp4.NVFP4Array | fp8.FP8Array
+) -> Array:
+  """`x @ weight.T` in the dtype of x; the weight gets no gradient."""
+  return matmul_rule(_numbers(weight, x.dtype), x)
+
+
+def _numbers(weight: nvfp4.NVFP4Array | fp8.FP8Array, dtype: jnp.dtype) -> Array:
+  if isinstance(weight, fp8.FP8Array):
+    return fp8.dequantise(weight, dtype)
+  return dequantise(weight, dtype=dtype)
+
+
+# The backward pass dequantises again: a scan over layers would otherwise keep the
+# numbers of every layer, which is the whole plain network.
+_dequantised_product.defvjp(
+  lambda x, weight: (_dequantised_product(x, weight), weight),
+  lambda weight, gradient: (gradient @ _numbers(weight, gradient.dtype), None),
+)
 
 
 @matmul_rule.register

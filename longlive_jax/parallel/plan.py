@@ -51,6 +51,7 @@ class Workload:
     itemsize: bytes of a number that is not quantised.
     encoder: the VAE's encoder is in memory, too.
     plain_copy: so are the plain weights beside quantised ones (precision by step).
+    adapter_parameters: of the adapters beside the weights.
   """
 
   dit: WanConfig
@@ -65,6 +66,7 @@ class Workload:
   itemsize: int = 2
   encoder: bool = False
   plain_copy: bool = False
+  adapter_parameters: int = 0
 
   @property
   def video_frames(self) -> int:
@@ -253,8 +255,10 @@ def memory_of(
   """Bytes by part: of a device that denoises, of the other one that decodes ({})."""
   work, size = work_of(workload, plan), workload.itemsize
   weights = costs.transformer_bytes(workload.dit, plan.precision, size)
+  weights += size * workload.adapter_parameters
   if workload.plain_copy and plan.precision:
     weights += costs.transformer_bytes(workload.dit, "", size)
+    weights += size * workload.adapter_parameters
   memory = {"weights": weights, "cache": costs.cache_bytes(workload.dit, work)}
   denoising = costs.forward_bytes(workload.dit, work)
   vae = workload.vae

@@ -63,6 +63,10 @@ class TrainingWeight:
   key: Array
   settings: TrainingSettings = dataclasses.field(metadata={"static": True})
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.weight.shape
+
 
 def prepare_training(
   model: Any,

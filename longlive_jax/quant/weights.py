@@ -17,7 +17,7 @@ single ones.
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,10 @@ class W4A4:
   native: bool = dataclasses.field(default=False, metadata={"static": True})
   mesh_axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.weight.shape
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,10 @@ class W8A8:
   """
 
   weight: FP8Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.weight.shape
 
 
 QUANTISED = (*PACKED, W4A4, W8A8)  # what stands where a weight stood
@@ -167,31 +175,51 @@ def map_matrices(
     ValueError: a pattern that matches nothing, a weight that is no plain array, or one
       whose inputs are no multiple of 16.
   """
-  if isinstance(patterns, str):
-    raise ValueError(f"patterns={patterns!r} must be a list; use [{patterns!r}]")
-  names: set[str] = set()
+  chosen = choose_layers(matrices(model), patterns)
 
   def visit(path: tuple[Any, ...], node: Any) -> Any:
-    if not isinstance(node, Matrix):
-      return node
-    name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-    names.add(name)
-    if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+    name = layer_path(path)
+    if not is_matrix(node) or name not in chosen:
       return node
     weight = node.get_value()
     _check_plain(name, weight)
     return node.replace(convert(name, weight))
 
-  mapped = jax.tree_util.tree_map_with_path(
-    visit, model, is_leaf=lambda node: isinstance(node, Matrix)
-  )
-  unused = [p for p in patterns if not fnmatch.filter(names, p)]
-  if unused or not patterns:
+  return jax.tree_util.tree_map_with_path(visit, model, is_leaf=is_matrix)
+
+
+def matrices(model: Any) -> dict[str, Any]:
+  """The weights of linear layers, of any type, by layer: "blocks/self_attn/q"."""
+  leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_matrix)
+  return {layer_path(p): node.get_value() for p, node in leaves if is_matrix(node)}
+
+
+def choose_layers(names: Collection[str], patterns: Sequence[str]) -> set[str]:
+  """The layers whose path fits one of the patterns.
+
+  Raises:
+    ValueError: no pattern, or one that matches nothing.
+  """
+  if isinstance(patterns, str):
+    raise ValueError(f"patterns={patterns!r} must be a list; use [{patterns!r}]")
+  found = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
+  unused = [pattern for pattern, fitting in found.items() if not fitting]
+  if unused or not found:
     raise ValueError(
       f"patterns={list(patterns)}: {unused or 'an empty list'} matches no linear "
       f"layer; there are {', '.join(sorted(names)) or 'none'}"
     )
-  return mapped
+  return set().union(*found.values())
+
+
+def is_matrix(node: Any) -> bool:
+  """Whether a node of a tree is the weight of a linear layer."""
+  return isinstance(node, Matrix)
+
+
+def layer_path(path: tuple[Any, ...]) -> str:
+  """The layer of a `Matrix`, by the path of that in the tree: "blocks/self_attn/q"."""
+  return jax.tree_util.keystr(path[:-1], simple=True, separator="/")
 
 
 def _check_plain(name: str, weight: Any) -> None:

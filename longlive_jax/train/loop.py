@@ -58,11 +58,15 @@ class MetricsLog:
 
 
 class Checkpoints:
-  """Training checkpoints `folder/<step>`: the state and where the data iterator was."""
+  """Training checkpoints `folder/<step>`: the state and where the data iterator was.
 
-  def __init__(self, folder: Path, keep: int):
+  A state that is trained on a base, and does not hold it, names the base beside it.
+  """
+
+  def __init__(self, folder: Path, keep: int, base: str = ""):
     self.folder = folder
     self.keep = keep
+    self.base = base
 
   def steps(self) -> list[int]:
     """Steps that are saved, ascending. What bears its final name is whole."""
@@ -71,12 +75,22 @@ class Checkpoints:
   def save(self, step: int, state: Any, iterator_state: dict[str, Any]) -> None:
     """Writes a checkpoint, then removes all but the newest `keep`."""
     self.folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"step": step, "iterator": iterator_state}
+    metadata = {"step": step, "iterator": iterator_state, "base": self.base}
     store.save(self.folder / str(step), state, metadata, overwrite=True)
     for old in self.steps()[: -self.keep]:
       shutil.rmtree(self.folder / str(old))
 
   def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-    """The newest state, in the structure of `state`, and the iterator's state."""
+    """The newest state, in the structure of `state`, and the iterator's state.
+
+    Raises:
+      ValueError: it was trained on another base.
+    """
     path = self.folder / str(self.steps()[-1])
-    return store.load(path, state), store.load_metadata(path)["iterator"]
+    metadata = store.load_metadata(path)
+    if (base := metadata.get("base", "")) != self.base:
+      raise ValueError(
+        f"checkpoint {path} was trained on the base {base!r}, not on {self.base!r}; "
+        "give that one, or another workdir"
+      )
+    return store.load(path, state), metadata["iterator"]
