@@ -16,7 +16,6 @@ that of `ClipLayout` with R ranks, or with one.
 reduced outside of it, as if there were one device.
 """
 
-import functools
 import math
 
 import jax
@@ -30,7 +29,7 @@ from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import rope, teacher_forcing
 from longlive_jax.models import dit
 from longlive_jax.parallel import sharded_weights
-from longlive_jax.parallel.mesh import DATA, SEQUENCE
+from longlive_jax.parallel.mesh import CLIPS, DATA, SEQUENCE
 
 Array = jax.Array
 
@@ -126,22 +125,14 @@ def train_forward(
   lengths = None
   if valid_frames is not None:
     lengths = valid_frames * model.config.tokens_per_frame(y, x)
-  split = sharded_weights.split(model, mesh)
 
-  # check_vma: JAX cannot know that a kernel's outputs differ from device to device.
-  @functools.partial(
-    jax.shard_map,
-    mesh=mesh,
-    in_specs=(sharded_weights.specs(split), P(DATA, SEQUENCE), P(DATA)),
-    out_specs=P(DATA, SEQUENCE),
-    check_vma=False,
-  )
   def forward(model: dit.CausalDiT, inputs: tuple, lengths: Array | None) -> Array:
     latents, time, temporal, text = inputs
     attend = attend_spread(model.rotation(temporal, y, x), order, lengths)
     return model(latents, time, model.embed_text(text), attend, remat=remat)[0]
 
-  velocity = forward(split, inputs, lengths)
+  forward = sharded_weights.over(mesh, forward, (CLIPS, P(DATA)))
+  velocity = forward(model, inputs, lengths)
   return noisy_half(velocity, ranks) if forced else velocity
 
 
@@ -160,7 +151,7 @@ def attend_spread(
 
 
 def interleaved(clean: Array, noisy: Array, ranks: int) -> Array:
-  """(b, f, ...) twice -> (b, 2 f, ...): rank 0 clean, rank 0 noisy, rank 1 clean, ..."""
+  """(b, f, ...) twice -> (b, 2 f, ...): [clean 0, noisy 0, clean 1, ...]."""
   spans = [jnp.reshape(a, (len(a), ranks, -1, *a.shape[2:])) for a in (clean, noisy)]
   both = jnp.concatenate(spans, axis=2)
   return both.reshape(len(both), -1, *both.shape[3:])

@@ -19,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 DATA = "data"
 BRANCH = "branch"
 SEQUENCE = "seq"
+# Of training's arrays (b, f, ...), f frames or chunks.
+CLIPS = P(DATA, SEQUENCE)
 
 
 def initialize(spec: str) -> None:

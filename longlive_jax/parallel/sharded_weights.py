@@ -6,6 +6,7 @@ whole. The gradient of a gather is a reduce-scatter, so it, too, is whole nowher
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.layers.linear import matmul, matmul_rule
 from longlive_jax.parallel import mesh as meshes
-from longlive_jax.parallel.mesh import DATA, SEQUENCE
+from longlive_jax.parallel.mesh import CLIPS, DATA, SEQUENCE
 from longlive_jax.quant.weights import Matrix
 
 Array = jax.Array
@@ -44,25 +45,53 @@ def _(weight: ShardedWeight, x: Array) -> Array:
   return jax.checkpoint(whole)(weight.columns, x)
 
 
-def split(model: Any, mesh: Mesh) -> Any:
+def over(
+  mesh: Mesh | None, fn: Callable[..., Any], in_specs: tuple[P, ...] | None = None
+) -> Callable[..., Any]:
+  """fn(network, *arrays) as a function of global arrays, each device with its part.
+
+  Args:
+    mesh: of `mesh.training_mesh`; None is fn itself.
+    fn: makes arrays (b, f, ...), f frames or chunks, of a network and arrays.
+    in_specs: of each of the arrays; None: all are CLIPS.
+  """
+  if mesh is None:
+    return fn
+
+  def run(network: Any, *arrays: Any) -> Any:
+    network = _split(network, mesh)
+    each = in_specs or (CLIPS,) * len(arrays)
+    # check_vma: JAX cannot know that a kernel's outputs differ between devices.
+    return jax.shard_map(
+      fn,
+      mesh=mesh,
+      in_specs=(_specs(network), *each),
+      out_specs=CLIPS,
+      check_vma=False,
+    )(network, *arrays)
+
+  return run
+
+
+def _split(network: Any, mesh: Mesh) -> Any:
   """The network with linear layers of sharded weights, where their inputs divide."""
 
   def visit(node: Any) -> Any:
-    if not isinstance(node, Matrix) or not isinstance(node.get_value(), Array):
+    if not isinstance(node, Matrix):
       return node
     weight = node.get_value()
-    spread = meshes.last_axis_specs(weight, mesh) != P()
-    return node.replace(ShardedWeight(weight)) if spread else node
+    divides = meshes.last_axis_specs(weight, mesh) != P()
+    return node.replace(ShardedWeight(weight)) if divides else node
 
-  return jax.tree.map(visit, model, is_leaf=lambda node: isinstance(node, Matrix))
+  return jax.tree.map(visit, network, is_leaf=lambda node: isinstance(node, Matrix))
 
 
-def specs(model: Any) -> Any:
-  """PartitionSpecs of a network that `split` made: other parameters are whole."""
+def _specs(network: Any) -> Any:
+  """PartitionSpecs of a network that `_split` made: other parameters are whole."""
 
   def spec(leaf: Any) -> P:
     if not isinstance(leaf, ShardedWeight):
       return P()
     return P(*(None,) * (leaf.columns.ndim - 1), (DATA, SEQUENCE))
 
-  return jax.tree.map(spec, model, is_leaf=lambda n: isinstance(n, ShardedWeight))
+  return jax.tree.map(spec, network, is_leaf=lambda n: isinstance(n, ShardedWeight))
