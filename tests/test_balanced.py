@@ -118,8 +118,9 @@ from longlive_jax.parallel import mesh as meshes
 
 meshes.initialize(distributed)
 changes = {
-  "dit": "test8", "train_text": "frozen", "steps": 3, "accumulate": 2,
-  "checkpoint_every": 1, "keep_checkpoints": 3, "export_dtype": "float32",
+  "dit": "test8", "train_text": "frozen", "steps": 2, "accumulate": 2,
+  "checkpoint_every": 1, "export_dtype": "float32", "optimizer.warmup": 1,
+  "ema_start": 1,
   "recycle.buckets": 4, "recycle.capacity": 4,
   "devices": int(devices), "sequence_devices": int(sequence),
 }
@@ -177,15 +178,15 @@ def test_a_run_on_other_devices_and_processes(folder, tmp_path):  # noqa: F811
   both = [start(RUN, folder, many, 2, 4, f"{address},{i},2") for i in (0, 1)]
   assert [result(process)["devices"] for process in both] == [8, 8]
   shutil.copytree(many, one)
-  for name in ("checkpoints/2", "checkpoints/3", "model"):
+  for name in ("checkpoints/2", "model"):
     shutil.rmtree(one / name)
   result(start(RUN, folder, one, 1, 1, ""))
 
   want, found = losses(one), losses(many)
-  assert list(want) == list(found) == [1, 2, 3]
+  assert list(want) == list(found) == [1, 2]
   for step, loss in want.items():
     np.testing.assert_allclose(found[step], loss, rtol=1e-5)
-  want, found = (store.load(path / "checkpoints" / "3") for path in (one, many))
+  want, found = (store.load(path / "checkpoints" / "2") for path in (one, many))
   assert want.keys() == found.keys() and want["errors.filled"].sum() > 4
   for name, value in want.items():
     # Adam divides by the root of a square: tiny gradients make large differences.
