@@ -10,6 +10,10 @@ The toy model of the quickstart, on one GPU:
 The result is in outputs/train_toy/model: dit, text and tokenizer.json. For runs on a
 GPU to repeat, set XLA_FLAGS=--xla_gpu_deterministic_ops=true. A look at every step
 of it, on a CPU, takes the argument `test` instead.
+
+Four GPUs, two for each sample: --config.devices=2 --config.sequence_devices=2. On
+several hosts that share a file system, all start the same command with, besides,
+--distributed=HOST:PORT,PROCESS,PROCESSES (or auto).
 """
 
 import ml_collections
@@ -108,6 +112,16 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.optimizer.beta2 = 0.99
   c.optimizer.weight_decay = 0.01
   c.optimizer.clip = 1.0
+
+  # The run. `devices` share the samples of a batch. Each may be a group:
+  # `sequence_devices` that share the frames and heads of a sample, by `sp_layout`, see
+  # longlive_jax/parallel/balanced.py. Parameters, averages and optimiser are split over
+  # all of them. A run may go on with other numbers of devices.
+  c.devices = 1
+  c.sequence_devices = 1
+  c.sp_layout = "balanced"  # or 'plain'
+  c.accumulate = 1  # parts of a batch, one after the other, for each step
+  c.remat = "none"  # less memory: 'blocks', 'attention', see layers/remat.py
 
   c.ema_decay = 0.9995
   c.ema_start = 1000

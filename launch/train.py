@@ -1,8 +1,9 @@
 """Trains the causal DiT by teacher-forced flow matching, with its text encoder.
 
-Clips and captions from a folder, latents from a frozen VAE, one device. The commands
-are in configs/train.py. A run that is started again with the same workdir goes on
-where its last checkpoint was, to the same losses bit for bit. Ctrl-C or SIGTERM saves
+Clips and captions from a folder, latents from a frozen VAE, any number of devices. The
+commands are in configs/train.py. A run that is started again with the same workdir goes
+on where its last checkpoint was, to the same losses bit for bit; on another number of
+devices with the same data, to the same losses but for rounding. Ctrl-C or SIGTERM saves
 first. At the end (and only then) `workdir/model` holds the averaged weights as
 inference checkpoints, with tokenizer.json beside them.
 """
@@ -23,18 +24,23 @@ import optax
 from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from longlive_jax.checkpoint import lora, store
 from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate import networks
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
+from longlive_jax.layers import remat
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
+from longlive_jax.parallel import balanced, sharded_weights
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
 from longlive_jax.quant.training import TrainingSettings, prepare_training
 from longlive_jax.stopping import StopRequest
-from longlive_jax.train import flow, latents, loop, recycle
+from longlive_jax.train import accumulate, flow, latents, loop, recycle
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
 
@@ -45,6 +51,10 @@ _CONFIG = config_flags.DEFINE_config_file(
   "Settings; override with --config.NAME=VALUE.",
   flag_values=_FLAGS,
 )
+_DISTRIBUTED = flags.DEFINE_string(
+  "distributed", "", "'auto' or HOST:PORT,PROCESS,PROCESSES, on several hosts.",
+  flag_values=_FLAGS,
+)  # fmt: skip
 log = logging.getLogger("train")
 DTYPES = ("bfloat16", "float32")
 
@@ -53,6 +63,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   """Runs a training from start or checkpoint to its end; returns the last metrics."""
   # ------------------------------------------------------------------ settings
   dit_config, text_config = check(config)
+  mesh = meshes.training_mesh(config.devices, config.sequence_devices)
   frames_per_chunk = config.data.frames_per_chunk
   views = latents.ViewSettings(**config.view)
   flow_settings = flow.FlowSettings(frames_per_chunk=frames_per_chunk, **config.flow)
@@ -62,7 +73,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   )
   workdir = Path(config.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+  if jax.process_index() == 0:
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
   # ------------------------------------------------------------------ data
   source = clip_source(config.data.folder)
@@ -72,7 +84,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       f"vae={config.vae!r} makes {vae.config.z_dim} channels, dit={config.dit!r} reads "
       f"{dit_config.in_channels}; choose a pair that fits"
     )
-  tokenizer = make_tokenizer(config, text_config, source, workdir)
+  with meshes.first_process_first():
+    tokenizer = make_tokenizer(config, text_config, source, workdir)
   if config.data.encode_once:
     data = config.data
 
@@ -88,11 +101,12 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 
     began = time.perf_counter()
     content = fingerprint(data.folder, config.vae)
-    clips = latents.cached_clips(
-      Path(data.latents) if data.latents else None,
-      f"{content} {data.chunks} {frames_per_chunk} {config.dtype}",
-      encode,
-    )
+    with meshes.first_process_first():
+      clips = latents.cached_clips(
+        Path(data.latents) if data.latents else None,
+        f"{content} {data.chunks} {frames_per_chunk} {config.dtype}",
+        encode,
+      )
     log.info("%d clips ready in %.0f s", len(clips), time.perf_counter() - began)
     batches = latents.EncodedBatches(
       clips,
@@ -139,14 +153,16 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       recycling, (frames_per_chunk, *frame_shape), jnp.dtype(config.dtype)
     )
   state = train_state.init_state(params, optimizer, errors)
+  specs = meshes.last_axis_specs(state, mesh)
+  state = meshes.spread(state, specs, mesh)
 
   # ------------------------------------------------------------------ one step
-  loss_fn = make_loss(config, dit_config, flow_settings)
+  loss_fn = make_loss(config, dit_config, flow_settings, mesh)
+  gradient_fn = accumulate.value_and_grad(loss_fn, config.accumulate)
   schedule = train_state.learning_rate(optimizer_settings)
   key = jax.random.key(config.seed)
 
   def step_fn(state, batch, base):
-    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
     step_key = jax.random.fold_in(key, state.step)
     (loss, (metrics, errors)), gradients = gradient_fn(
       state.params, batch, step_key, state.errors, base
@@ -161,7 +177,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       ema_decay=config.ema_decay,
       ema_start=config.ema_start,
     )
-    return dataclasses.replace(state, errors=errors), metrics
+    state = dataclasses.replace(state, errors=errors)
+    return meshes.constrain((state, metrics), (specs, P()), mesh)
 
   step_fn = jax.jit(step_fn, donate_argnums=0)
 
@@ -181,7 +198,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   stop = StopRequest()
   with stop.on_signals("step"):
     for step in range(first + 1, config.steps + 1):
-      state, metrics = step_fn(state, next(batches), base)
+      # Every process has the same whole batch, so its order is always the same.
+      batch = meshes.spread(next(batches), meshes.CLIPS, mesh)
+      state, metrics = step_fn(state, batch, base)
       metrics_log.add(metrics)
       if step % config.log_every == 0 or step == config.steps:
         line = metrics_log.write(step)
@@ -192,10 +211,12 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
           line["gradient_norm"],
           line["steps_per_second"],
         )
-      if step % config.checkpoint_every == 0 or step == config.steps or stop:
+      stopping = meshes.any_process(bool(stop))
+      if step % config.checkpoint_every == 0 or step == config.steps or stopping:
         checkpoints.save(step, state, batches.get_state())
-      if stop:
-        log.warning("%s: saved step %d; start again to go on", stop.reason, step)
+      if stopping:
+        reason = stop.reason or "another process"
+        log.warning("%s: saved step %d; start again to go on", reason, step)
         break
 
   # ------------------------------------------------------------------ result
@@ -238,9 +259,23 @@ def check(
       f"data.chunks={config.data.chunks} must be at least "
       f"view.window={config.view.window}"
     )
-  for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+  for name in ("steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
     if config[name] < 1:
       raise ValueError(f"{name}={config[name]} must be at least 1")
+  balanced.check(
+    config.view.window * config.data.frames_per_chunk,
+    config.data.frames_per_chunk,
+    dit_config.heads,
+    config.sequence_devices,
+    config.sp_layout,
+  )
+  if config.devices < 1 or config.batch_size % (config.devices * config.accumulate):
+    raise ValueError(
+      f"batch_size={config.batch_size} must be a multiple of devices={config.devices} "
+      f"x accumulate={config.accumulate}"
+    )
+  remat.check(config.remat)
+  several = config.devices * config.sequence_devices > 1
   network = store.abstract_network("dit", dit_config)
   adapter = train_lora.LoraSettings(**config.lora)
   if adapter.rank:
@@ -251,7 +286,17 @@ def check(
         f"lora.rank={adapter.rank} trains the adapter alone, so "
         f"train_text={config.train_text!r} cannot be; set train_text='frozen'"
       )
+    if several:
+      raise ValueError(
+        f"lora.rank={adapter.rank} needs devices=1 and sequence_devices=1: its base is "
+        "not spread over devices"
+      )
   quantise = training_settings(config)
+  if quantise and several:
+    raise ValueError(
+      f"quantise.mode={config.quantise.mode!r} needs devices=1 and sequence_devices=1: "
+      "its scales would depend on how many devices share the tokens"
+    )
   if quantise:  # finds layers that are not there or do not fit, without building any
     prepare = functools.partial(
       prepare_training, patterns=config.quantise.layers, settings=quantise
@@ -274,6 +319,7 @@ def make_loss(
   config: ml_collections.ConfigDict,
   dit_config: dit.WanConfig,
   settings: flow.FlowSettings,
+  mesh: Mesh | None = None,
 ) -> Callable[..., tuple[jax.Array, Any]]:
   """loss(params, batch, key, errors=None, base=None) -> (loss, (metrics, errors)).
 
@@ -295,28 +341,38 @@ def make_loss(
       )
     if "lora" in params:
       transformer = lora.attach_lora(transformer, params["lora"])
-    b, segments, k = batch["ids"].shape
-    ids, text_mask = batch["ids"], batch["text_mask"]
-    context = params["text"](ids.reshape(-1, k), text_mask.reshape(-1, k))
-    context = context.reshape(b, segments, k, -1)
+    encode_text = sharded_weights.over(mesh, encode_prompts)
+    context = encode_text(params["text"], batch["ids"], batch["text_mask"])
     if config.train_text == "frozen":
       context = jax.lax.stop_gradient(context)
     table = jnp.asarray(features)
 
     def network(inputs: flow.FlowInputs) -> jax.Array:
-      return dit.train_forward(
+      return balanced.train_forward(
         transformer,
         inputs.noisy,
         table[inputs.index],
         context,
+        mesh=mesh,
         frames_per_chunk=settings.frames_per_chunk,
         clean=inputs.context,
         clean_time=table[inputs.context_index],
+        layout=config.sp_layout,
+        remat=config.remat,
       )
 
     return flow.ar_loss(network, batch, key, settings, errors)
 
   return loss_fn
+
+
+def encode_prompts(
+  encoder: umt5.UMT5Encoder, ids: jax.Array, text_mask: jax.Array
+) -> jax.Array:
+  """Tokens and their mask (b, segments, k) -> embeddings (b, segments, k, text_dim)."""
+  b, segments, k = ids.shape
+  context = encoder(ids.reshape(-1, k), text_mask.reshape(-1, k))
+  return context.reshape(b, segments, k, -1)
 
 
 def make_tokenizer(
@@ -373,13 +429,15 @@ def export(
   folder.mkdir(parents=True, exist_ok=True)
   for name, network in train_state.cast(state.ema, dtype).items():
     store.save_network(folder / name, network, source="launch/train.py", overwrite=True)
-  shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+  if jax.process_index() == 0:
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}; use --config.NAME=VALUE")
   absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax reports every rename
+  meshes.initialize(_DISTRIBUTED.value)
   for name in ("train", "longlive_jax"):
     logging.getLogger(name).setLevel(logging.INFO)
   keep_programs(_CONFIG.value.programs_dir)

@@ -352,7 +352,8 @@ def test_padding_reaches_no_frame(model):
   assert np.abs(run(changed, F) - run(latents(), F)).max() > 1e-3
 
 
-def test_remat_changes_nothing(model):
+@pytest.mark.parametrize("name", ["blocks", "attention"])
+def test_remat_changes_nothing(model, name):
   def loss(model, remat):
     v = dit.train_forward(
       model,
@@ -364,8 +365,8 @@ def test_remat_changes_nothing(model):
     )
     return jnp.mean(v**2)
 
-  plain = jax.jit(jax.grad(loss), static_argnums=1)(model, False)
-  remat = jax.jit(jax.grad(loss), static_argnums=1)(model, True)
+  plain = jax.jit(jax.grad(loss), static_argnums=1)(model, "none")
+  remat = jax.jit(jax.grad(loss), static_argnums=1)(model, name)
   for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4)
     assert np.any(np.asarray(a))  # every parameter is learnt

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import longlive_jax
@@ -89,6 +90,8 @@ def save(
 
   Raises:
     FileExistsError: something is at `path` and overwrite is False.
+
+  In a run of several processes all have to call it, and see one file system.
   """
   target = Path(path).absolute()
   if target.exists() and not overwrite:
@@ -100,9 +103,11 @@ def save(
     raise ValueError(f"path={target}: the tree has no arrays to save")
   new = target.with_name(f".{target.name}.new") if target.exists() else target
   ocp.save(new, leaves, custom_metadata=_checked_json(metadata), overwrite=True)
-  file_sizes.write(new)
-  if new != target:
-    _replace(target, new)
+  if jax.process_index() == 0:
+    file_sizes.write(new)
+    if new != target:
+      _replace(target, new)
+  multihost_utils.sync_global_devices(f"saved {target}")
 
 
 def save_stream(

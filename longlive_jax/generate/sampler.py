@@ -196,7 +196,7 @@ def cached_forward(
   t_scale: float = 1.0,
   attention_format: str = "",
   keep: bool = False,
-  remat: bool = False,
+  remat: str = "none",
   layout: Layout = SINGLE,
   exchange_format: str = "",
 ) -> tuple[Array, tuple[Any, Any] | None]:
@@ -209,7 +209,7 @@ def cached_forward(
       rotates by window position.
     t_scale: factor on window positions (relative RoPE). attention_format: see Sampling.
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
-    remat: recompute blocks in the backward pass.
+    remat: see layers/remat.py.
     layout, exchange_format: see parallel/sequence.py; a cache of this device's heads.
 
   Returns:

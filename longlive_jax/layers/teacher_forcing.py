@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from longlive_jax.kernels import flash_attention, launch
 from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import attention as attn
+from longlive_jax.layers.remat import attended
 
 Array = jax.Array
 
@@ -64,7 +65,7 @@ def attention(
       f"implementation={implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
     )
   compute = _pieces if implementation == "pieces" else _blockwise
-  out = compute(q, k, v, lengths, layout)
+  out = attended(compute(q, k, v, lengths, layout))
   if lengths is None:
     return out
   valid = layout.valid(jnp.arange(layout.length), lengths)
@@ -80,6 +81,8 @@ def _triton(q, k, v, lengths, layout):
 def _triton_forward(q, k, v, lengths, layout):
   inputs = q, k, v, lengths
   out, lse = flash_attention.forward(*inputs, layout=layout, run=launch.launch)
+  # Both: else the backward pass would run the kernel again for the one that is lost.
+  out, lse = attended(out), attended(lse)
   return out, (*inputs, out, lse)
 
 

@@ -22,6 +22,7 @@ from longlive_jax.layers import operand, rope, teacher_forcing
 from longlive_jax.layers.linear import Linear
 from longlive_jax.layers.norm import LayerNorm, RMSNorm, modulate
 from longlive_jax.layers.operand import Operand, gelu
+from longlive_jax.layers.remat import rematerialised
 
 Array = jax.Array
 # attend(layer state, q, k, v each (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
@@ -313,7 +314,7 @@ class CausalDiT(nnx.Module):
     attend: Attend,
     layers: Any = None,
     *,
-    remat: bool = False,
+    remat: str = "none",
   ) -> tuple[Array, Any]:
     """Velocity of noisy latents.
 
@@ -323,7 +324,7 @@ class CausalDiT(nnx.Module):
       text: embedded text (b, segments, text_len, D), see embed_text, or text_keys.
       attend: self-attention, see `Attend`; it also rotates.
       layers: per-layer state for attend, leading axis l, or None.
-      remat: recompute blocks in the backward pass instead of keeping activations.
+      remat: what the backward pass computes again, see layers/remat.py.
 
     Returns:
       velocity (b, f, y, x, c) float32 and what attend handed out, stacked over l.
@@ -340,8 +341,7 @@ class CausalDiT(nnx.Module):
       layer = jax.tree.map(lambda a: a[index], layers)
       return block(x, table, text if keys is None else keys, attend, layer)
 
-    if remat:
-      step = jax.checkpoint(step)
+    step = rematerialised(step, remat)
     pieces, first = [], 0
     for run in block_runs(self):
       count = len(run.modulation[...])
@@ -429,7 +429,7 @@ def train_forward(
   temporal: rope.Rotation | None = None,
   independent_first_frame: bool = False,
   valid_frames: Array | None = None,
-  remat: bool = False,
+  remat: str = "none",
 ) -> Array:
   """One forward over a whole clip under the training mask (SPEC 2.2).
 
@@ -443,6 +443,7 @@ def train_forward(
     temporal: rotation (b, f, pairs); frames 0, 1, ... if not given.
     independent_first_frame: frame 0 is a chunk of its own.
     valid_frames: int32 (b,), frames that are no padding; None = all.
+    remat: see layers/remat.py.
 
   Returns:
     velocity (b, f, y, x, c) of the noisy frames.

@@ -2,11 +2,15 @@
 
 Generation has three axes: DATA, videos of a batch; BRANCH, the rows of the network's
 batch with and without prompt (guidance); SEQUENCE, tokens and heads of one video.
+Training has DATA and SEQUENCE; its state is split over both.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -15,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 DATA = "data"
 BRANCH = "branch"
 SEQUENCE = "seq"
+# Of training's arrays (b, f, ...), f frames or chunks.
+CLIPS = P(DATA, SEQUENCE)
 
 
 def initialize(spec: str) -> None:
@@ -67,11 +73,50 @@ def generation_mesh(data: int = 1, branch: int = 1, sequence: int = 1) -> Mesh |
   )
 
 
+def training_mesh(data: int = 1, sequence: int = 1) -> Mesh | None:
+  """The mesh of training; devices that share a video are neighbours.
+
+  Returns:
+    None for a single device: nothing is spread.
+
+  Raises:
+    ValueError: when fewer devices exist than asked for, or some would have no work in a
+      run of several processes.
+  """
+  have, count = jax.device_count(), data * sequence
+  if data < 1 or sequence < 1 or count > have:
+    raise ValueError(
+      f"devices={data} x sequence_devices={sequence} are {count}; must be between 1 "
+      f"and the {have} that exist"
+    )
+  if jax.process_count() > 1 and count != have:
+    raise ValueError(
+      f"devices={data} x sequence_devices={sequence} are {count}; must be the {have} "
+      f"of all {jax.process_count()} processes"
+    )
+  if count == 1:
+    return None
+  return jax.make_mesh(
+    (data, sequence), (DATA, SEQUENCE), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+
+
 def any_process(flag: bool) -> bool:
   """Whether the flag is set in any process of the run; all have to ask."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+  """What is inside, the other processes do after process 0, and find its files."""
+  first = jax.process_index() == 0
+  if not first:
+    multihost_utils.sync_global_devices("process 0 is done")
+  yield
+  if first:
+    multihost_utils.sync_global_devices("process 0 is done")
 
 
 def to_host(tree: Any) -> Any:
@@ -136,6 +181,35 @@ def sharding(mesh: Mesh, spec: P) -> NamedSharding:
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
   """A copy of every array on every device."""
   return spread(tree, P(), mesh)
+
+
+def last_axis_specs(tree: Any, mesh: Mesh | None) -> Any:
+  """PartitionSpecs that split arrays over all devices, along their last axis.
+
+  So a training state takes its share of memory on each device. Whole are integers and
+  what does not divide: small arrays.
+  """
+  if mesh is None:
+    return jax.tree.map(lambda leaf: P(), tree)
+
+  def spec(leaf: Any) -> P:
+    fits = leaf.ndim and leaf.shape[-1] % mesh.size == 0
+    if not fits or not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return P()
+    return P(*(None,) * (leaf.ndim - 1), (DATA, SEQUENCE))
+
+  return jax.tree.map(spec, tree)
+
+
+def constrain(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
+  """Inside jit: says where arrays are to be; None says nothing."""
+  if mesh is None:
+    return tree
+  return jax.tree.map(
+    lambda spec, part: jax.lax.with_sharding_constraint(part, sharding(mesh, spec)),
+    specs,
+    tree,
+  )
 
 
 def shard_batch(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:

@@ -13,7 +13,7 @@ from longlive_jax.checkpoint import store
 
 
 class MetricsLog:
-  """Means of step metrics, appended to metrics.jsonl.
+  """Means of step metrics, appended to metrics.jsonl by process 0.
 
   Metrics stay on the device until a line is written: fetching every step would stall
   the device.
@@ -21,9 +21,10 @@ class MetricsLog:
 
   def __init__(self, path: Path, step: int):
     self.path = path
+    self._writes = jax.process_index() == 0
     self._pending: list[dict[str, jax.Array]] = []
     self._since = (time.perf_counter(), step)
-    if path.exists():
+    if self._writes and path.exists():
       # A run that was killed may have logged steps that its checkpoint does not have.
       lines = path.read_text().splitlines()
       kept = [line for line in lines if line and json.loads(line)["step"] <= step]
@@ -47,8 +48,9 @@ class MetricsLog:
     for name in fetched[0]:
       line[name] = float(np.mean([metrics[name] for metrics in fetched]))
     line["steps_per_second"] = (step - first) / (now - began)
-    with self.path.open("a") as file:
-      file.write(json.dumps(line) + "\n")
+    if self._writes:
+      with self.path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
     if not np.isfinite(line["loss"]):
       raise FloatingPointError(
         f"loss={line['loss']} between steps {first} and {step}; resume from the last "
@@ -77,8 +79,9 @@ class Checkpoints:
     self.folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": step, "iterator": iterator_state, "base": self.base}
     store.save(self.folder / str(step), state, metadata, overwrite=True)
-    for old in self.steps()[: -self.keep]:
-      shutil.rmtree(self.folder / str(old))
+    if jax.process_index() == 0:
+      for old in self.steps()[: -self.keep]:
+        shutil.rmtree(self.folder / str(old))
 
   def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
     """The newest state, in the structure of `state`, and the iterator's state.

@@ -40,14 +40,14 @@ class RolloutSettings:
     gradient_frames: last latent frames that have a gradient, whole chunks; -1: all.
     context_noise: timestep at which a finished chunk is written into the cache.
     through_cache: the convention, see above; it needs a cache of plain numbers.
-    remat: recompute blocks in the backward pass.
+    remat: see layers/remat.py.
   """
 
   sampling: Sampling
   gradient_frames: int = -1
   context_noise: float = 0.0
   through_cache: bool = False
-  remat: bool = False
+  remat: str = "none"
 
   def __post_init__(self):
     if self.sampling.branches > 1:

@@ -95,7 +95,7 @@ def init_state(
   optimizer: optax.GradientTransformation,
   errors: ErrorBuffers | None = None,
 ) -> TrainState:
-  """State at step 0, on the first device."""
+  """State at step 0, on the first device of each process."""
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -105,7 +105,7 @@ def init_state(
   )
   # Committed to its device, as a restored state is: else resuming would compile
   # another program, which on a GPU may round differently.
-  return jax.device_put(state, jax.devices()[0])
+  return jax.device_put(state, jax.local_devices()[0])
 
 
 def update(

@@ -1,0 +1,36 @@
+"""What the backward pass finds of a block, and what it computes once more.
+
+  none       everything is kept
+  blocks     the input of each block; the rest is computed again
+  attention  besides, what attention over a clip gave: its share of a block's time grows
+             with the length of the clip, the memory that its output takes does not
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+_ATTENTION = "attention"
+_POLICIES = {
+  "blocks": jax.checkpoint_policies.nothing_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(_ATTENTION),
+}
+NAMES = ("none", *_POLICIES)
+
+
+def check(name: str) -> None:
+  """Raises ValueError for a name that is unknown."""
+  if name not in NAMES:
+    raise ValueError(f"remat={name!r} is unknown; use {', '.join(NAMES)}")
+
+
+def rematerialised(step: Callable, name: str) -> Callable:
+  """The step of a scan over blocks, with less kept for its backward pass."""
+  check(name)
+  return step if name == "none" else jax.checkpoint(step, policy=_POLICIES[name])
+
+
+def attended(x: jax.Array) -> jax.Array:
+  """x, marked as a result of attention."""
+  return checkpoint_name(x, _ATTENTION)
