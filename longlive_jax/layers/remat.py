@@ -2,8 +2,8 @@
 
   none       everything is kept
   blocks     the input of each block; the rest is computed again
-  attention  besides, what attention over a clip gave: its share of a block's time grows
-             with the length of the clip, the memory that its output takes does not
+  attention  besides the input, what attention over a clip gave: of a long clip it takes
+             most of a block's time, and no more memory than the input
 """
 
 from collections.abc import Callable

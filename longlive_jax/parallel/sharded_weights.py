@@ -74,14 +74,13 @@ def over(
 
 
 def _split(network: Any, mesh: Mesh) -> Any:
-  """The network with linear layers of sharded weights, where their inputs divide."""
+  """The network with sharded weights, where they are arrays whose inputs divide."""
 
   def visit(node: Any) -> Any:
-    if not isinstance(node, Matrix):
+    weight = node.get_value() if isinstance(node, Matrix) else None
+    if not isinstance(weight, Array) or meshes.last_axis_specs(weight, mesh) == P():
       return node
-    weight = node.get_value()
-    divides = meshes.last_axis_specs(weight, mesh) != P()
-    return node.replace(ShardedWeight(weight)) if divides else node
+    return node.replace(ShardedWeight(weight))
 
   return jax.tree.map(visit, network, is_leaf=lambda node: isinstance(node, Matrix))
 
