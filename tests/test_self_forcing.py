@@ -110,7 +110,7 @@ def _unrolled(model, settings):
         lambda k, s: k + s - jax.lax.stop_gradient(s), kept, slopes
       )
     cache = kv_cache.commit(cache, placement, *kept)
-    cache = kv_cache.pin(cache, chunk.frames, chunk.cut)
+    cache = kv_cache.pin(cache, chunk.frames, chunk.cut & SAMPLING.pins)
     pieces.append(latents)
   return jnp.stack(pieces), cache
 

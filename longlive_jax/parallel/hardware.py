@@ -110,8 +110,8 @@ HARDWARE = {
   "B200": _published("NVIDIA B200", 180e9, 2250e12, 9000e12, 8e12, 900e9),
   # Two cores, in float32; tools/bench_generate.py measures others.
   "cpu": Hardware(
-    kind="cpu", source="assumed", memory=16e9, matrix=2e11, matrix_fp8=2e11,
-    matrix_fp4=2e11, attention=2e11, attention_fp8=2e11, convolution=2e11, copy=2e10,
+    kind="cpu", source="assumed", memory=16e9, matrix=6e10, matrix_fp8=6e10,
+    matrix_fp4=6e10, attention=6e10, attention_fp8=6e10, convolution=6e10, copy=2e10,
     link=2e10, host=2e10, denoise_share=0.5, decode_share=0.5, shared=True,
   ),
 }  # fmt: skip
