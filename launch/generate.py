@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,16 @@ from longlive_jax.generate import (
   resuming,
   sampler,
   snapshots,
-  storyboard,
   worker,
 )
 from longlive_jax.generate import stream as streams
+from longlive_jax.generate.options import (
+  Options,
+  check_overwrites,
+  expand_paths,
+  find_storyboard,
+  parse_durations,
+)
 from longlive_jax.models import text, vae, vae_tiles
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.parallel import plan
@@ -75,25 +81,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 # What Orbax, tensorstore and the file system raise when a disk is full.
 DISK_ERRORS = (OSError, ValueError, RuntimeError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """What this run reads and writes; the flags below say what each one means."""
-
-  prompt: tuple[str, ...] = ()
-  prompts: str | None = None
-  image: str | None = None
-  images: str | None = None
-  chunks: int | None = None
-  durations: tuple[int, ...] = ()
-  continue_from: str | None = None
-  mode: str = "stream"
-  output: str = "outputs/generate"
-  save_state: str | None = None
-  save_every: int = 0
-  resume: str | None = None
-  rewind_to: int | None = None
 
 
 def define_flags() -> None:
@@ -394,30 +381,6 @@ def memory_line(memory: Mapping[str, Mapping[str, int]]) -> str:
   return "; ".join(parts)
 
 
-def expand_paths(options: Options) -> Options:
-  """`~` in every path: the shell leaves it alone in --save_state=~/states."""
-  names = ("prompts", "image", "images", "continue_from", "output", "save_state",
-           "resume")  # fmt: skip
-  paths = {name: getattr(options, name) for name in names}
-  expanded = {n: str(Path(path).expanduser()) for n, path in paths.items() if path}
-  return dataclasses.replace(options, **expanded)
-
-
-def parse_durations(values: Sequence[str]) -> tuple[int, ...]:
-  """Chunks of each prompt from the parts of --durations=3,2,4.
-
-  Raises:
-    ValueError: a part that is no whole number.
-  """
-  try:
-    return tuple(int(value) for value in values)
-  except ValueError as error:
-    raise ValueError(
-      f"durations={','.join(values)} must be whole numbers of chunks with commas "
-      "between them; use --durations=3,2,4 for three prompts"
-    ) from error
-
-
 def overrides(flag: flags.Flag) -> dict[str, Any]:
   """What the command line sets: options in --config FILE:SIZE,OPTION and names."""
   given = config_flags.get_config_filename(flag)
@@ -429,25 +392,6 @@ def overrides(flag: flags.Flag) -> dict[str, Any]:
   plain, asked = flag.parser.parse(f"{path}:{size}"), flag.parser.parse(given)
   changed = {name: asked[name] for name in asked if asked[name] != plain.get(name)}
   return {**changed, **named}
-
-
-def check_overwrites(options: Options, output: Path, snapshot: Path | None) -> None:
-  """Raises ValueError where a run would destroy, or mix with, what another one made."""
-  videos = [path.resolve() for path in output.glob("video*.mp4")]
-  source = Path(options.continue_from).resolve() if options.continue_from else None
-  if (snapshot is not None and videos) or source in videos:
-    raise ValueError(
-      f"output={output} holds a video that this one would overwrite; give another "
-      "--output"
-    )
-  start = 0 if snapshot is None else int(snapshot.name.removeprefix("chunk_"))
-  if options.save_state:
-    later = [c for c in snapshots.chunks(options.save_state) if c > start]
-    if later:
-      raise ValueError(
-        f"save_state={options.save_state} already holds states of another run, after "
-        f"chunks {later}; choose an empty folder"
-      )
 
 
 def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
@@ -492,43 +436,6 @@ def check_modes(config: ml_collections.ConfigDict, options: Options) -> None:
     )
   if config.dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype={config.dtype!r} is unknown; use float32 or bfloat16")
-
-
-def find_storyboard(options: Options) -> tuple[storyboard.Storyboard, Path | None]:
-  """The storyboard of the whole video, and the snapshot to resume, if any.
-
-  A resumed run goes on with its own storyboard, or with new prompts: these follow the
-  chunks that are done, as a new shot if the first one starts with the cut prefix.
-  """
-  new = dict(
-    shots=options.prompt,
-    prompts=options.prompts,
-    image=options.image,
-    images=options.images,
-    chunks=options.chunks,
-    durations=options.durations,
-  )
-  if not options.resume:
-    return request.build_storyboard(**new), None
-  snapshot = snapshots.find(options.resume, options.rewind_to)
-  try:
-    board = storyboard.from_record(store.load_metadata(snapshot)["storyboard"])
-  except (OSError, ValueError, KeyError) as error:
-    raise ValueError(f"resume={snapshot} cannot be used: {error}") from error
-  done = int(snapshot.name.removeprefix("chunk_"))
-  if not (options.prompt or options.prompts):
-    if options.chunks is not None:
-      raise ValueError(f"chunks={options.chunks} needs new prompts when resuming")
-  else:
-    prefix = storyboard.SCENE_CUT_PREFIX.strip()
-    cut = bool(options.prompt) and options.prompt[0].startswith(prefix)
-    board = board.continued(done, request.build_storyboard(**new), cut)
-  if done >= board.chunks:
-    raise ValueError(
-      f"resume={snapshot} is at the end of its {board.chunks} chunks; add prompts, or "
-      "rewind with --rewind_to"
-    )
-  return board, snapshot
 
 
 def encode(video_vae: vae.VideoVAE, frames: np.ndarray | None) -> np.ndarray | None:
