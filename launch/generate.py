@@ -63,7 +63,7 @@ from longlive_jax.generate.options import (
   find_storyboard,
   parse_durations,
 )
-from longlive_jax.models import text, vae, vae_tiles
+from longlive_jax.models import pixels, text, vae, vae_tiles
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.parallel import plan
 from longlive_jax.programs import keep_programs
@@ -467,7 +467,7 @@ def sample_clip(model, video_vae, story, sampling, config, shape) -> np.ndarray:
   if not np.isfinite(latents).all():
     raise FloatingPointError("chunk=0: the clip has latents that are not finite")
   decode = jax.jit(vae.decode, static_argnums=2)
-  return np.asarray(vae.to_uint8(decode(video_vae, latents, config.decode_frames)))
+  return np.asarray(pixels.to_uint8(decode(video_vae, latents, config.decode_frames)))
 
 
 def main(argv: list[str]) -> None:

@@ -13,7 +13,7 @@ from longlive_jax.generate import decoding, snapshots
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.stream import Story, copy_state, stream
-from longlive_jax.models import dit, vae
+from longlive_jax.models import dit, pixels, vae
 
 CONFIG = dit.SIZES["test"]
 B, N, Y, X = 2, 2, 2, 2
@@ -165,7 +165,7 @@ def test_frames_are_those_of_the_whole_decode(model, video_vae, decode_frames):
   frames = np.concatenate([frames for *_, frames in found], axis=1)
   assert frames.dtype == np.uint8 and frames.shape[2:] == (SCALE * Y, SCALE * X, 3)
   latents = np.concatenate([latents for _, latents, _ in found], axis=1)
-  whole = vae.to_uint8(jax.jit(vae.decode)(video_vae, latents))
+  whole = pixels.to_uint8(jax.jit(vae.decode)(video_vae, latents))
   difference = np.abs(frames.astype(int) - np.asarray(whole, int))
   assert difference.max() <= 1 and np.mean(difference > 0) < 0.01  # rounding of .5
   assert frames.std() > 20

@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs.train_vae import get_config
 from launch import train_vae as launch
-from longlive_jax.models import vae, vae_blocks
+from longlive_jax.models import pixels, vae, vae_blocks
 from longlive_jax.train import vae as train_vae
 from longlive_jax.train.state import OptimizerSettings, init_state, make_optimizer
 
@@ -343,7 +343,7 @@ def test_folding_inverts():
 
 
 def test_to_uint8():
-  got = vae.to_uint8(jnp.array([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0]))
+  got = pixels.to_uint8(jnp.array([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0]))
   assert got.dtype == jnp.uint8 and got.tolist() == [0, 0, 128, 191, 255, 255]
 
 

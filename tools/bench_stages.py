@@ -17,7 +17,7 @@ import numpy as np
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, operand, rope
-from longlive_jax.models import dit, vae
+from longlive_jax.models import dit, pixels, vae
 from longlive_jax.parallel import costs
 from longlive_jax.parallel.hardware import Hardware
 
@@ -191,8 +191,8 @@ def decode_case(video_vae: vae.VideoVAE, frames: int, y: int, x: int) -> Case:
   """Decoding `frames` latent frames of one video, to uint8."""
 
   def decode(state, video_vae, latents):
-    pixels, _, state = vae.decode_chunk(video_vae, state, latents)
-    return state, vae.to_uint8(pixels)
+    decoded, _, state = vae.decode_chunk(video_vae, state, latents)
+    return state, pixels.to_uint8(decoded)
 
   shape = (1, frames, y, x, video_vae.config.z_dim)
   latents = jax.random.normal(jax.random.key(1, impl="rbg"), shape)

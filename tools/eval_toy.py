@@ -46,7 +46,7 @@ from longlive_jax.data.toy_world import Scene
 from longlive_jax.generate import networks, report, storyboard
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.stream import Story, StreamState, init_state, stream
-from longlive_jax.models import dit, umt5, vae
+from longlive_jax.models import dit, pixels, umt5, vae
 from longlive_jax.models.text import Tokenizer
 
 FOUR_SHOTS = (2, 2, 2, 2)  # chunks
@@ -152,7 +152,7 @@ def _decode(
   network: vae.VideoVAE, state: vae.DecoderState, latents: jax.Array
 ) -> tuple[jax.Array, jax.Array, vae.DecoderState]:
   frames, dropped, state = vae.decode_chunk(network, state, latents)
-  return vae.to_uint8(frames), dropped, state
+  return pixels.to_uint8(frames), dropped, state
 
 
 def story_of(

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.models import vae
+from longlive_jax.models import pixels, vae
 from longlive_jax.parallel import mesh as meshes
 
 Array = jax.Array
@@ -140,7 +140,7 @@ def _decode(video_vae, state, latents, frames_per_call, tiles, where):
 
   def step(state, piece):
     frames, dropped, state = vae.decode_chunk(video_vae, state, piece, tiles)
-    return state, (vae.to_uint8(frames), dropped)
+    return state, (pixels.to_uint8(frames), dropped)
 
   pieces = latents.reshape(b, f // frames_per_call, frames_per_call, *shape)
   state, (frames, dropped) = jax.lax.scan(step, state, pieces.swapaxes(0, 1))

@@ -36,6 +36,7 @@ from flax import nnx
 from jax import lax
 
 from longlive_jax.models import vae_tiles
+from longlive_jax.models.pixels import fold_pixels, unfold_pixels
 from longlive_jax.models.vae_blocks import (
   Conv,
   DownStage,
@@ -480,23 +481,3 @@ def _join(x: jax.Array) -> jax.Array:
   """(n, b, length, ...) -> (b, n length, ...)."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def fold_pixels(video: jax.Array) -> jax.Array:
-  """(b, t, h, w, 3) -> (b, t, h/2, w/2, 12), channel = c * 4 + column * 2 + row."""
-  b, t, h, w, c = video.shape
-  x = video.reshape(b, t, h // 2, 2, w // 2, 2, c)
-  return x.transpose(0, 1, 2, 4, 6, 5, 3).reshape(b, t, h // 2, w // 2, 4 * c)
-
-
-def unfold_pixels(x: jax.Array) -> jax.Array:
-  """The inverse of `fold_pixels`."""
-  b, t, h, w, c = x.shape
-  x = x.reshape(b, t, h, w, c // 4, 2, 2)
-  return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(b, t, 2 * h, 2 * w, c // 4)
-
-
-def to_uint8(frames: jax.Array) -> jax.Array:
-  """[-1, 1] (clamped) -> uint8 by x * 0.5 + 0.5, times 255, rounded (SPEC 3)."""
-  x = jnp.clip(frames.astype(jnp.float32), -1.0, 1.0) * 0.5 + 0.5
-  return jnp.round(x * 255.0).astype(jnp.uint8)

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models import vae
+from longlive_jax.models.pixels import to_unit
 
 Array = jax.Array
 # read(start, stop) -> uint8 (b, stop - start, h, w, 3), these frames of the clips
@@ -148,8 +149,7 @@ def encode_span(
     piece, number = inputs
     # The clip may begin within the halo; what came before are placeholders.
     state = jax.tree.map(lambda a, b: jnp.where(number == 0, a, b), clip_start, state)
-    unit = piece.astype(jnp.float32) / 127.5 - 1.0
-    latents, state = vae.encode_chunk(model, state, unit)
+    latents, state = vae.encode_chunk(model, state, to_unit(piece))
     return state, latents
 
   pieces = frames.reshape(b, -1, spans.factor * n, *frames.shape[2:]).swapaxes(0, 1)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.data.clips import ClipSource, clip_batches, load_clips
+from longlive_jax.models.pixels import to_unit
 from longlive_jax.models.text import Tokenizer
 from longlive_jax.models.vae import VideoVAE, encode
 from longlive_jax.train.context import draw_view
@@ -175,8 +176,8 @@ def cached_clips(
 def encode_frames(vae: VideoVAE, frames: jax.Array, frames_per_call: int) -> jax.Array:
   """uint8 frames (b, t, h, w, 3) to latents (b, f, y, x, c) float32."""
   dtype = jax.tree.leaves(vae)[0].dtype
-  video = frames.astype(jnp.float32) / 127.5 - 1
-  return encode(vae, video.astype(dtype), frames_per_call).astype(jnp.float32)
+  video = to_unit(frames).astype(dtype)
+  return encode(vae, video, frames_per_call).astype(jnp.float32)
 
 
 def _encoder(frames_per_call: int) -> Callable[[VideoVAE, np.ndarray], jax.Array]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from longlive_jax.models.pixels import to_unit
 from longlive_jax.models.vae import (
   VideoVAE,
   decode,
@@ -77,11 +78,6 @@ def window_batch(
   return np.stack(
     [videos[c, s : s + frames] for c, s in zip(clips, starts, strict=True)]
   )
-
-
-def to_unit(frames: jax.Array) -> jax.Array:
-  """uint8 -> float32 in [-1, 1]."""
-  return frames.astype(jnp.float32) / 127.5 - 1.0
 
 
 def quiet_posterior(model: VideoVAE) -> VideoVAE:
