@@ -1,5 +1,7 @@
 """FP8 rows made by what produces them: every kernel against its reference and codec."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -134,7 +136,9 @@ def test_readers_choose_the_form():
   for readers in ([plain, plain], [eight, plain], [plain, eight]):
     found = operand.modulated(x, scale, shift, 1e-6, readers)
     np.testing.assert_array_equal(found, want)
-  rows = jax.jit(operand.modulated)(x, scale, shift, 1e-6, [eight, eight])
+  rows = jax.jit(operand.modulated, static_argnums=3)(
+    x, scale, shift, 1e-6, [eight, eight]
+  )
   assert isinstance(rows, Rows) and rows.shape == x.shape
   np.testing.assert_allclose(rows.numbers(), want, rtol=0.07, atol=0.01)
   # Codes that there are stay; who reads numbers gets numbers.
@@ -216,7 +220,8 @@ def test_a_block_quantises_each_operand_once():
   x, table, text = normal(1, 2, 4, 64), normal(1, 2, 6, 64), normal(1, 1, 8, 64)
   made = str(jax.make_jaxpr(forward)(block, x, table, text))
   # q k v; o; cross q; cross k and v, one each; cross o; fc1; fc2.
-  assert made.count("new_dtype=float8_e4m3fn") == 8
+  quantised = re.findall("new_dtype=float8_e4m3fn|triton_kernel_call", made)
+  assert len(quantised) == 8
   assert isinstance(model.blocks.self_attn.q.weight.get_value(), W8A8)
 
 

@@ -39,7 +39,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def interpreter():
-  pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+  # The bounds of loops were arrays of one number there, which NumPy 2.4 refuses.
+  pytest.importorskip("triton", minversion="3.7", reason="3.6 does not interpret loops")
   with Interpreter() as process:
     yield process
 
@@ -317,8 +318,8 @@ def test_a_backward_pass_does_not_attend_again(monkeypatch):
   assert text.count("dot_product_attention_fwd_wrapper[") == 2 * pieces
 
 
-def test_the_default_is_a_kernel_for_half_precision_on_nvidia_gpus_only():
-  half = "triton" if jax.default_backend() == "gpu" else "blockwise"
+def test_the_default_is_pieces_for_half_precision_on_gpus_only():
+  half = "pieces" if jax.default_backend() == "gpu" else "blockwise"
   assert teacher_forcing.default_implementation(jnp.bfloat16) == half
   assert teacher_forcing.default_implementation(jnp.float32) == "blockwise"
 

@@ -39,7 +39,7 @@ import bench_stages
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from longlive_jax.generate import decoding, report
 from longlive_jax.generate import stream as streaming
@@ -173,11 +173,13 @@ def speed(model, video_vae, sampling, plot, y, x) -> dict[str, Any]:
       with bench_memory.compilations() as compiling:
         stamps = run(model, network, sampling, plot, y, x)
       figures["first_chunk_cold_s"] = stamps[1] - stamps[0]
+      logging.info("first chunk, cold: %.1f s", stamps[1] - stamps[0])
       figures["compile_s"], figures["compilations"] = sum(compiling), len(compiling)
       warm = streaming.compiled_programs()
       figures["programs"] = {name: warm[name] - before[name] for name in warm}
     stamps = run(model, network, sampling, plot, y, x)
     total = stamps[-1] - stamps[0]
+    logging.info("%s: %.2f s for %d chunks", kind, total, plot.chunks)
     steady = percentiles(stamps, window)
     figures |= {f"{kind}_{name}": value for name, value in steady.items()}
     figures[f"{kind}_first_chunk_warm_s"] = stamps[1] - stamps[0]
@@ -295,6 +297,7 @@ def main(argv: list[str]) -> None:
   )
   jax.block_until_ready((model, video_vae))
   figures["networks_s"] = time.perf_counter() - began
+  logging.info("networks: %.1f s", figures["networks_s"])
   if _LATENTS_ONLY.value:
     video_vae = None
   plot = story(model.config, _CHUNKS.value)
@@ -304,6 +307,7 @@ def main(argv: list[str]) -> None:
     figures |= memory(*everything, plot, y, x)
   else:
     figures |= speed(*everything, plot, y, x)
+    save(figures)  # the stages take minutes more
     if _PROFILE.value:
       with jax.profiler.trace(_PROFILE.value):
         run(*everything, plot, y, x)
@@ -345,6 +349,10 @@ def finish(figures: Mapping[str, Any]) -> None:
       if figures.get(name) is not None:
         told = figures["predicted"][name]
         print(f"{name:24}{told:16,.1f}{figures[name]:16,.1f}")
+  save(figures)
+
+
+def save(figures: Mapping[str, Any]) -> None:
   if _OUT.value:
     report.write_json(_OUT.value, figures)
 

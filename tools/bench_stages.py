@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
@@ -252,6 +253,7 @@ def stage_table(
   table = {}
   for case in cases:
     stage, timing = stages[case.name], timed(case)
+    logging.info("%s: %.4f ms", case.name, 1e3 * timing.seconds)
     by_operations, by_bytes = stage.flops / hardware.matrix, stage.bytes / hardware.copy
     table[case.name] = {
       "calls": stage.calls,
