@@ -57,7 +57,7 @@ def video(state, decode_on, on_state=lambda done, state: None):
     model, network, state, story, sampling, on_state=on_state
   ):
     chunks.append(chunk.frames)
-    places = [devices(a) for a in (network, chunk.decoded.padded, chunk.latents)]
+    places = [devices(a) for a in (network, chunk.decoded.padded[0], chunk.latents)]
   programs = decoding.compiled_programs() - before
   return np.concatenate(chunks, axis=1), places, programs
 
@@ -88,14 +88,17 @@ def split(count, y, x):
   pieces = normal(2, 1, 2, y, x, 8)
   state, alone = (vae.init_decoder_state(video_vae, 1, y, x) for _ in range(2))
   network, state = decoding.place(video_vae, state, where)
+  first = np.int32(0)
   program = decoding._decode.lower(
-    network, state, jax.device_put(pieces[0], where), 2, 1, where
+    network, state, jax.device_put(pieces[0], where), first, 2, 1, where
   ).compile()
   worst = 0
   for piece in pieces:  # takes its state back, or raises
-    padded, dropped, state = program(network, state, jax.device_put(piece, where))
+    padded, dropped, state = program(
+      network, state, jax.device_put(piece, where), first
+    )
     want, alone = decoding.decode(video_vae, alone, piece, 2)
-    frames = decoding.Frames(padded, dropped).fetch()
+    frames = decoding.Frames((padded,), (dropped,)).fetch()
     worst = max(worst, int(np.abs(frames.astype(int) - want.fetch()).max()))
   assert state.history[0].sharding == where
   off = jax.tree.map(
