@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from longlive_jax.kernels import nvfp4_quantise
 from longlive_jax.quant import nvfp4, weights
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
 from longlive_jax.quant.product import product
@@ -122,7 +123,7 @@ def _forward(
   x: Array, weight: Array, key: Array, settings: TrainingSettings
 ) -> tuple[Array, tuple[NVFP4Array, Array, Array]]:
   rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-  packed = nvfp4.quantise(rows, rule=settings.activation)
+  packed = nvfp4_quantise.quantise(rows, rule=settings.activation)
   y = product(packed, _quantise_weight(weight, settings)).astype(x.dtype)
   # Kept for the backward pass: 4.5 bits of an activation instead of all.
   return y.reshape(*x.shape[:-1], -1), (packed, weight, key)
@@ -161,6 +162,9 @@ def _quantise_tokens(
 ) -> NVFP4Array:
   """(tokens, c) -> (c, tokens), blocks along tokens, which are padded with zeros."""
   columns = jnp.pad(rows.T, ((0, 0), (0, -len(rows) % BLOCK)))
+  if key is None:
+    front = "hadamard" if hadamard else "none"
+    return nvfp4_quantise.quantise(columns, rule=rule, front=front)
   if hadamard:
     columns = nvfp4.hadamard(columns)
   return nvfp4.quantise(columns, rule=rule, key=key)
