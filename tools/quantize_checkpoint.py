@@ -27,7 +27,7 @@ _OUT = flags.DEFINE_string("out", None, "Checkpoint folder to make.")
 _MODE = flags.DEFINE_enum("mode", "w4a16", ["w4a16", "w4a4"], "What weights are for.")
 _RULE = flags.DEFINE_enum(
   "rule", None, list(nvfp4.RULES),
-  "How block scales are chosen; default static_6, or what a published file says.",
+  "How block scales are chosen; default mse, or what a published file says.",
 )  # fmt: skip
 _LAYERS = flags.DEFINE_multi_string(
   "layers", list(weights.BLOCK_LINEARS),
@@ -57,7 +57,7 @@ def make() -> None:
       _SOURCE.value,
       _OUT.value,
       mode=_MODE.value,
-      rule=_RULE.value or "static_6",
+      rule=_RULE.value or "mse",
       layers=_LAYERS.value,
       adapters=_LORA.value,
       dtype=convert.DTYPES[_DTYPE.value],

@@ -56,7 +56,7 @@ class Choice:
   text_weights: str = ""
   tokenizer: str = ""
   precision: str = ""
-  precision_rule: str = "static_6"
+  precision_rule: str = "mse"
   precision_layers: tuple[str, ...] = BLOCK_LINEARS
   precision_plain_edges: int = 0
   precision_plain_steps: tuple[int, ...] = ()
