@@ -30,14 +30,12 @@ must be) and counts its 4-bit products.
 import dataclasses
 import importlib.metadata
 import json
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import clip_cases
 import compile_for
+import device_clock
 import fp8_cases
 import jax
 import jax.numpy as jnp
@@ -218,14 +216,7 @@ def time_of(
   batch = [make(key) for key in jax.random.split(jax.random.key(0), calls)]
   run = jax.jit(lambda batch: [function(*inputs) for inputs in batch])
   jax.block_until_ready(run(batch))  # compiles
-  times = []
-  with tempfile.TemporaryDirectory() as directory:
-    with jax.profiler.trace(directory):
-      for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run(batch))
-        times.append(time.perf_counter() - began)
-    busy = busy_seconds(directory)
+  times, busy = device_clock.clocked(lambda: jax.block_until_ready(run(batch)), repeats)
   if busy is None:
     return Timing(float(np.median(times)) / calls, moved, "host")
   return Timing(busy / (repeats * calls), moved, "device")
@@ -233,22 +224,6 @@ def time_of(
 
 def tree_bytes(tree: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def busy_seconds(directory: str) -> float | None:
-  """How long the GPUs of a profile ran kernels and copies; None if it has no GPU."""
-  (path,) = Path(directory).rglob("*.xplane.pb")
-  planes = jax.profiler.ProfileData.from_file(str(path)).planes
-  streams = [
-    line
-    for plane in planes
-    if plane.name.startswith("/device:GPU")
-    for line in plane.lines
-    if line.name.startswith("Stream")
-  ]
-  if not streams:
-    return None
-  return sum(event.duration_ns for line in streams for event in line.events) / 1e9
 
 
 class Copies:
