@@ -96,21 +96,23 @@ def place(
 
 
 def decode(
-  video_vae: vae.VideoVAE,
-  state: vae.DecoderState,
+  video_vae: vae.VideoVAE | None,
+  state: vae.DecoderState | None,
   latents: Array,
   frames_per_call: int = 1,
   tiles: int = 1,
-) -> tuple[Frames, vae.DecoderState]:
+) -> tuple[Frames | None, vae.DecoderState | None]:
   """Starts to decode the next latents of a clip, where its state is.
 
   Args:
     video_vae: weights, on the same devices as the state.
-    state: its memory is reused.
+    state: its memory is reused. None decodes nothing.
     latents: (b, f, y, x, z), anywhere.
     frames_per_call: latent frames at a time at most.
     tiles: of `vae.decode_chunk`.
   """
+  if state is None:
+    return None, None
   where = state.history[0].sharding
   latents = jax.device_put(latents, where)
   count = _divisor(latents.shape[1], frames_per_call)

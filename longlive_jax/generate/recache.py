@@ -11,18 +11,11 @@ chunks, under the new one:
   blend:N        nothing; the text goes over from the old prompt to the new one in N
                  even parts, the last of which is the new one
 
-Chunks of earlier shots, and so the global sink of later shots, keep their prompts. The
-chunks are written again in their slots, one after the other, by one program: each sees
-what the cache holds up to its own frames (`sampler.write_again`).
+Chunks of earlier shots, and so the global sink of later shots, keep their prompts.
+`rewriting.follow` does it.
 """
 
 import dataclasses
-import functools
-
-import jax
-
-from longlive_jax.generate import sampler
-from longlive_jax.generate.sampler import Sampling
 
 KINDS = ("none", "last", "window", "window+sinks", "blend")
 MOST_CHUNKS = 16  # of last and blend
@@ -46,8 +39,8 @@ class Recache:
   def __post_init__(self):
     if self.kind not in KINDS:
       raise ValueError(
-        f"recache={self.kind!r} is unknown; use none, last:M, window, window+sinks or "
-        "blend:N"
+        f"recache={self.kind[:40]!a} is unknown; use none, last:M, window, "
+        "window+sinks or blend:N"
       )
     most = MOST_CHUNKS if self.kind in ("last", "blend") else 0
     if not min(1, most) <= self.chunks <= most:
@@ -60,17 +53,17 @@ class Recache:
     return f"{self.kind}:{self.chunks}" if self.chunks else self.kind
 
 
+DEFAULT = Recache("window")
+
+
 def parse(text: str) -> Recache:
   """'last:2' and the like; raises ValueError for anything else."""
   kind, colon, number = text.partition(":")
   if not colon:
     return Recache(kind)
   if not (number.isascii() and number.isdecimal() and len(number) <= 3):
-    raise ValueError(f"recache={text[:40]!r} must be KIND or KIND:NUMBER, as 'last:2'")
+    raise ValueError(f"recache={text[:40]!a} must be KIND or KIND:NUMBER, as 'last:2'")
   return Recache(kind, int(number))
-
-
-DEFAULT = Recache("window")
 
 
 def chunks_to_rewrite(
@@ -89,9 +82,3 @@ def chunks_to_rewrite(
   if rule.kind == "window":
     return [chunk for chunk in own if chunk >= shot_start + sinks]
   return own if rule.kind == "window+sinks" else []
-
-
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=1)
-def write_again(model, cache, latents, chunk, sampling: Sampling):
-  """`sampler.write_again`, compiled; the memory of the cache is reused."""
-  return sampler.write_again(model, cache, latents, chunk, sampling)

@@ -16,7 +16,8 @@ from longlive_jax.checkpoint import store
 from longlive_jax.generate import history, recache, session
 from longlive_jax.generate.engine import Engine
 from longlive_jax.generate.history import History, Latents, Step
-from longlive_jax.generate.session import Blend, Made, Script, Session
+from longlive_jax.generate.script import Blend, Made, Mix, Script
+from longlive_jax.generate.session import Session
 
 
 def save(
@@ -164,5 +165,5 @@ def _script(record: Mapping[str, Any]) -> Script:
   )
 
 
-def _mix(record: list[list[Any]]) -> session.Mix:
+def _mix(record: list[list[Any]]) -> Mix:
   return tuple((text, weight) for text, weight in record)

@@ -14,7 +14,7 @@ rewind reuse the memory of the session that they are given: keep only what they 
 `branch` copies first, and leaves its parent alone.
 
 Commands but Rewind cost nothing: they are written into the `Script` that the next chunk
-is made by, and only the last of them matters. So a session that is rewound to chunk k,
+is made by, and the last one counts. So a session that is rewound to chunk k,
 or saved there and loaded, goes on with the same bytes under the same commands, and each
 of its chunks has the bytes that `stream` gives for the same storyboard.
 """
@@ -27,69 +27,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.generate import commands, decoding, history, recache, storyboard
+from longlive_jax.generate import commands, decoding, history, rewriting, storyboard
+from longlive_jax.generate import script as scripts
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.commands import Command
 from longlive_jax.generate.engine import Engine
 from longlive_jax.generate.history import History
 from longlive_jax.generate.recache import Recache
+from longlive_jax.generate.script import Made, Script
 from longlive_jax.generate.storyboard import Storyboard
 from longlive_jax.generate.stream import StreamState
-from longlive_jax.layers.kv_cache import KVCache, Overwritten
 from longlive_jax.models import vae
 
 Array = jax.Array
-Mix = tuple[tuple[str, float], ...]  # prompts and how much each weighs
-
-
-@dataclasses.dataclass(frozen=True)
-class Blend:
-  """The text goes over from `source` in `chunks` parts, `done` of which are made."""
-
-  source: Mix
-  done: int
-  chunks: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Script:
-  """What the next chunk is made by; plain values.
-
-  Attributes:
-    prompt: of the shot.
-    shot, shot_start: its number, and its first chunk.
-    cut: the next chunk starts a new shot.
-    switch: rule for the memory, if the prompt changed since the last chunk.
-    picture: uint8 (h, w, 3) that the next chunk starts from, or None.
-    mix: text of the last chunk.
-    blend: a change of prompt that is under way, or None.
-  """
-
-  prompt: str
-  shot: int = 0
-  shot_start: int = 0
-  cut: bool = False
-  switch: Recache | None = None
-  picture: np.ndarray | None = dataclasses.field(default=None, compare=False)
-  mix: Mix = ()
-  blend: Blend | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-  """How a chunk came about: for a timeline and a storyboard.
-
-  Attributes:
-    prompt: as it was typed; shot: its number; cut: the chunk started it.
-    recache: rule of a change of prompt right before the chunk; ''.
-    pictured: the chunk started from a picture.
-  """
-
-  prompt: str
-  shot: int
-  cut: bool = False
-  recache: str = ""
-  pictured: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,7 +120,7 @@ def start(engine: Engine, prompt: str, seed: int = 0) -> Session:
   """
   if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
     raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")
-  script = Script(_plain(prompt))
+  script = Script(scripts.plain(prompt))
   state = empty_state(engine, seed)
   return Session(state, script, script, made=(), past=History(), seed=seed)
 
@@ -182,35 +132,17 @@ def apply(engine: Engine, session: Session, command: Command) -> Session:
     ValueError: a Rewind too far or ahead; a prompt that cannot be; Branch and Save,
       which make something else (`branch`, `saved_sessions.save`).
   """
-  script = session.script
   match command:
-    case commands.Prompt(text, rule):
-      # In a shot without a chunk there is nothing to recache.
-      inside = session.chunk > script.shot_start and not script.cut
-      script = dataclasses.replace(
-        script, prompt=_plain(text), switch=rule if inside else None
-      )
-    case commands.Cut(text):
-      script = dataclasses.replace(
-        script, prompt=_plain(text), cut=session.chunk > 0, switch=None, picture=None
-      )
-    case commands.Image(frame, text):
-      script = dataclasses.replace(
-        script,
-        prompt=_plain(text),
-        cut=session.chunk > 0,
-        switch=None,
-        picture=_checked_picture(frame),
-      )
+    case commands.Prompt() | commands.Cut() | commands.Image():
+      script = scripts.tell(session.script, command, session.chunk)
+      return dataclasses.replace(session, script=script)
     case commands.Pause():
       return dataclasses.replace(session, paused=True)
     case commands.Resume():
       return dataclasses.replace(session, paused=False)
     case commands.Rewind(chunk):
       return _rewind(engine, session, chunk)
-    case _:
-      raise ValueError(f"{type(command).__name__} is not applied to a session")
-  return dataclasses.replace(session, script=script)
+  raise ValueError(f"{type(command).__name__} is not applied to a session")
 
 
 def advance(engine: Engine, session: Session) -> tuple[Session, SessionChunk]:
@@ -223,20 +155,23 @@ def advance(engine: Engine, session: Session) -> tuple[Session, SessionChunk]:
     raise ValueError(f"the session is paused at chunk {session.chunk}; resume it first")
   session, sampling = to_device(session), engine.sampling
   state, past, index = session.state, session.past.on_host(), session.chunk
-  script, rule = _for_next_chunk(session.script, index)
-  cache, lost = _recached(engine, state.cache, script, past, rule)
-  state = dataclasses.replace(state, cache=cache)
+  script, rule = scripts.for_chunk(session.script, index)
+  cache, lost = state.cache, []
+  if rule is not None:
+    kept = {each.chunk: each.latents for each in past.latents}
+    cache, lost = rewriting.follow(rule, engine, cache, script, kept)
+    state = dataclasses.replace(state, cache=cache)
   known = None
   if script.picture is not None:
     known = engine.picture_latents(script.picture, first=index == 0)
   frame = index * sampling.frames_per_chunk
   noise = streaming.chunk_noise(state, frame, sampling.frames_per_chunk)
-  moment = _moment(engine, script.mix, script, cut=script.cut)
+  moment = scripts.moment(engine, script, script.mix, cut=script.cut)
   chunk = streaming.chunk_inputs(
     engine.model.config, sampling, moment, frame, noise, known
   )
-  lost.append(history.look(cache, chunk.frames, chunk.cut, sampling))
-  step = history.Step(index, session.settled, tuple(lost), state.finite)
+  lost = (*lost, history.look(cache, chunk.frames, chunk.cut, sampling))
+  step = history.Step(index, session.settled, lost, state.finite)
   latents, finite, decoded, state = streaming.step(
     engine.model,
     engine.video_vae,
@@ -254,15 +189,16 @@ def advance(engine: Engine, session: Session) -> tuple[Session, SessionChunk]:
     script.picture is not None,
   )
   settled = dataclasses.replace(script, cut=False, switch=None, picture=None)
-  steps = (*past.steps, step)
-  latents_kept = (*past.latents, history.Latents(index, latents))
+  past = History(
+    (*past.steps, step), (*past.latents, history.Latents(index, latents))
+  )
   session = dataclasses.replace(
     session,
     state=state,
     script=settled,
     settled=settled,
     made=(*session.made, made),
-    past=_bounded(engine, History(steps, latents_kept), settled),
+    past=_bounded(engine, past, settled),
   )
   return session, SessionChunk(index, made, latents, finite, decoded)
 
@@ -296,6 +232,18 @@ def to_device(session: Session) -> Session:
     return session
   state = jax.device_put(session.state, jax.local_devices()[0])
   return dataclasses.replace(session, state=state)
+
+
+def warm_up(engine: Engine) -> None:
+  """Compiles all that sessions run: after it, whatever they are told, nothing more."""
+  session, chunk = advance(engine, start(engine, "Warm up."))
+  told = commands.Prompt("Warm up again.", Recache("window+sinks"))
+  session, chunk = advance(engine, apply(engine, session, told))
+  session = to_host(branch(engine, session, max(1, session.oldest)))
+  picture = np.zeros((engine.height, engine.width, 3), np.uint8)
+  session = apply(engine, session, commands.Image(picture, "A picture."))
+  session, chunk = advance(engine, session)
+  chunk.frames.sum()
 
 
 def storyboard_of(session: Session) -> Storyboard:
@@ -342,89 +290,6 @@ def empty_state(engine: Engine, seed: int) -> StreamState:
   )
 
 
-def _plain(text: str) -> str:
-  """A prompt that can be, without the prefix that only a cut puts in front of it."""
-  return commands.check_prompt(text.removeprefix(storyboard.SCENE_CUT_PREFIX))
-
-
-def _checked_picture(frame: np.ndarray) -> np.ndarray:
-  if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-    raise ValueError(f"image is {frame.dtype} {frame.shape}; must be uint8 (h, w, 3)")
-  return frame
-
-
-def _for_next_chunk(script: Script, index: int) -> tuple[Script, Recache | None]:
-  """The script with its text for chunk `index`, and the rule that is followed."""
-  target, blend, rule = ((script.prompt, 1.0),), script.blend, script.switch
-  if script.cut:
-    script = dataclasses.replace(script, shot=script.shot + 1, shot_start=index)
-  if script.cut or index == 0:
-    rule = blend = None
-  elif rule is not None:
-    unchanged = blend is None and script.mix == target
-    rule = None if unchanged else rule
-    blend = None
-    if rule is not None and rule.kind == "blend":
-      blend = Blend(script.mix, 0, rule.chunks)
-  mix = target
-  if blend is not None:
-    blend = dataclasses.replace(blend, done=blend.done + 1)
-    weight = blend.done / blend.chunks
-    if weight == 1:
-      blend = None
-    else:
-      old = ((text, part * (1 - weight)) for text, part in blend.source)
-      # What is hardly there: switching all the time would make the list grow.
-      mix = (*(each for each in old if each[1] > 0.01), (script.prompt, weight))
-  return dataclasses.replace(script, mix=mix, blend=blend), rule
-
-
-def _moment(engine: Engine, mix: Mix, script: Script, *, cut: bool) -> streaming.Moment:
-  """What a chunk shows; the first of a later shot is told that the scene changes."""
-  prefix = storyboard.SCENE_CUT_PREFIX * cut
-  (first, weight), *others = mix
-  text = engine.embed(prefix + first)
-  if others:
-    text = sum((part * engine.embed(each) for each, part in others), weight * text)
-  return streaming.Moment(
-    text=np.asarray(text, np.float32)[None],
-    negative=engine.negative,
-    cut=np.array([cut]),
-    shot=np.array([script.shot], np.int32),
-  )
-
-
-def _recached(
-  engine: Engine,
-  cache: KVCache,
-  script: Script,
-  past: History,
-  rule: Recache | None,
-) -> tuple[KVCache, list[Overwritten]]:
-  """The cache after a change of prompt, and what that overwrote."""
-  lost: list[Overwritten] = []
-  if rule is None or rule.kind in ("none", "blend"):
-    return cache, lost
-  sampling, n = engine.sampling, engine.sampling.frames_per_chunk
-  held = np.array(cache.frame)[0]  # waits; a view would keep the cache's memory
-  remembered = {int(frame) // n for frame in held if frame >= 0}
-  sinks = engine.sink_chunks if script.shot == 0 else int(sampling.pins)
-  kept = {each.chunk: each.latents for each in past.latents}
-  for chunk in recache.chunks_to_rewrite(
-    rule, remembered & kept.keys(), script.shot_start, sinks
-  ):
-    starts = script.shot > 0 and chunk == script.shot_start
-    moment = _moment(engine, ((script.prompt, 1.0),), script, cut=starts)
-    latents = kept[chunk]
-    inputs = streaming.chunk_inputs(
-      engine.model.config, sampling, moment, chunk * n, latents
-    )
-    # A cut is made once: written again, its chunk forgets nothing.
-    lost.append(history.look(cache, inputs.frames, np.array([False]), sampling))
-    cache = recache.write_again(engine.model, cache, latents, inputs, sampling)
-  return cache, lost
-
-
 def _bounded(engine: Engine, past: History, script: Script) -> History:
   """The past that is kept.
 
@@ -433,9 +298,9 @@ def _bounded(engine: Engine, past: History, script: Script) -> History:
   """
   window = -(-engine.sampling.window_frames // engine.sampling.frames_per_chunk)
   latents = engine.history_chunks + max(window, engine.decoder_chunks)
-  scripts = [script, *(step.script for step in past.steps)]
   sinks = max(1, engine.sink_chunks)
-  starts = {each.shot_start + i for each in scripts for i in range(sinks)}
+  told = [script, *(step.script for step in past.steps)]
+  starts = {each.shot_start + i for each in told for i in range(sinks)}
   return past.bounded(engine.history_chunks, latents, starts)
 
 
@@ -491,7 +356,8 @@ def _copy(state: StreamState) -> StreamState:
   return jax.tree.map(jnp.copy, state)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+# keep_unused: what is not read is else left out, and its memory not taken over.
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _cleared(decoder: vae.DecoderState) -> vae.DecoderState:
   """The state before a clip, in the memory of another."""
   return jax.tree.map(jnp.zeros_like, decoder)
@@ -506,7 +372,7 @@ def compiled_programs() -> dict[str, int]:
   steps = {
     "look": history.look,
     "put_back": history.put_back,
-    "write_again": recache.write_again,
+    "write_again": rewriting.write_again,
     "copy": _copy,
     "clear": _cleared,
   }

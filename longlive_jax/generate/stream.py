@@ -324,9 +324,6 @@ def stream(
   n = sampling.frames_per_chunk
   _check(state, story, sampling, image, given)
   inputs = functools.partial(chunk_inputs, model.config, sampling, mesh=mesh)
-  decode = functools.partial(
-    _decode, video_vae, frames_per_call=decode_frames, tiles=decode_tiles
-  )
 
   index, frame = int(state.chunk), int(state.frame)
   pending = None
@@ -339,7 +336,9 @@ def stream(
         dataclasses.replace(first, cut=np.zeros_like(first.cut)), frame, piece
       )
       cache = _remember(model, state.cache, piece, chunk, sampling, mesh)
-      decoded, decoder = decode(state.decoder, piece)
+      decoded, decoder = decoding.decode(
+        video_vae, state.decoder, piece, decode_frames, decode_tiles
+      )
       frame += length
       state = dataclasses.replace(
         state, cache=cache, decoder=decoder, frame=state.frame + length
@@ -469,7 +468,7 @@ def step(
     state after the chunk, which took over the memory of `state`.
   """
   latents, finite, cache = _denoise(model, state.cache, chunk, sampling, mesh)
-  decoded, decoder = _decode(
+  decoded, decoder = decoding.decode(
     video_vae, state.decoder, latents, decode_frames, decode_tiles
   )
   state = dataclasses.replace(
@@ -481,13 +480,6 @@ def step(
     finite=state.finite & finite,
   )
   return latents, finite, decoded, state
-
-
-def _decode(video_vae, decoder, latents, frames_per_call, tiles):
-  """`decoding.decode`, where there is a decoder."""
-  if decoder is None:
-    return None, None
-  return decoding.decode(video_vae, decoder, latents, frames_per_call, tiles)
 
 
 def _lengths(frames: int, n: int, first_alone: bool) -> list[int]:
