@@ -13,36 +13,32 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from longlive_jax.checkpoint import lora, store
+from longlive_jax.checkpoint import store
 from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate import networks
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
 from longlive_jax.layers import remat
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
-from longlive_jax.parallel import balanced, sharded_weights
+from longlive_jax.parallel import balanced
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
 from longlive_jax.quant.training import TrainingSettings, prepare_training
 from longlive_jax.stopping import StopRequest
-from longlive_jax.train import accumulate, flow, latents, loop, recycle
+from longlive_jax.train import flow, latents, loop, recycle
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
+from longlive_jax.train import step as train_step
 
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -66,7 +62,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   mesh = meshes.training_mesh(config.devices, config.sequence_devices)
   frames_per_chunk = config.data.frames_per_chunk
   views = latents.ViewSettings(**config.view)
-  flow_settings = flow.FlowSettings(frames_per_chunk=frames_per_chunk, **config.flow)
+  how = loss_settings(config)
   recycling = recycle.RecycleSettings(**config.recycle)
   optimizer_settings = train_state.OptimizerSettings(
     steps=config.steps, **config.optimizer
@@ -157,30 +153,12 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   state = meshes.spread(state, specs, mesh)
 
   # ------------------------------------------------------------------ one step
-  loss_fn = make_loss(config, dit_config, flow_settings, mesh)
-  gradient_fn = accumulate.value_and_grad(loss_fn, config.accumulate)
-  schedule = train_state.learning_rate(optimizer_settings)
-  key = jax.random.key(config.seed)
-
-  def step_fn(state, batch, base):
-    step_key = jax.random.fold_in(key, state.step)
-    (loss, (metrics, errors)), gradients = gradient_fn(
-      state.params, batch, step_key, state.errors, base
-    )
-    metrics["loss"] = loss
-    metrics["gradient_norm"] = optax.global_norm(gradients)
-    metrics["learning_rate"] = schedule(state.step)
-    state = train_state.update(
-      state,
-      gradients,
-      optimizer,
-      ema_decay=config.ema_decay,
-      ema_start=config.ema_start,
-    )
-    state = dataclasses.replace(state, errors=errors)
-    return meshes.constrain((state, metrics), (specs, P()), mesh)
-
-  step_fn = jax.jit(step_fn, donate_argnums=0)
+  loss_fn = train_step.make_loss(dit_config, how, mesh)
+  names = ("seed", "accumulate", "ema_decay", "ema_start")
+  step_settings = train_step.StepSettings(
+    optimizer_settings, **{name: config[name] for name in names}
+  )
+  step_fn = train_step.make_step(loss_fn, step_settings, optimizer, specs, mesh)
 
   # ------------------------------------------------------------------ resume
   checkpoints = loop.Checkpoints(
@@ -315,64 +293,17 @@ def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | N
   return settings if mode else None
 
 
-def make_loss(
-  config: ml_collections.ConfigDict,
-  dit_config: dit.WanConfig,
-  settings: flow.FlowSettings,
-  mesh: Mesh | None = None,
-) -> Callable[..., tuple[jax.Array, Any]]:
-  """loss(params, batch, key, errors=None, base=None) -> (loss, (metrics, errors)).
-
-  See `ar_loss`. What is in base stands beside params and gets no gradient.
-  """
-  features = dit.time_features(
-    flow.timestep_table(settings.shift), dit_config.freq_dim
-  )  # (1001, freq_dim), one row an index
-  quantise = training_settings(config)
-
-  def loss_fn(params, batch, key, errors=None, base=None):
-    params = train_state.cast({**(base or {}), **params}, config.dtype)
-    transformer = params["dit"]
-    if quantise:
-      # Far from the numbers of a split: the draws of the loss stay what they are.
-      rounding = jax.random.fold_in(key, 2**31)
-      transformer = prepare_training(
-        transformer, config.quantise.layers, quantise, rounding
-      )
-    if "lora" in params:
-      transformer = lora.attach_lora(transformer, params["lora"])
-    encode_text = sharded_weights.over(mesh, encode_prompts)
-    context = encode_text(params["text"], batch["ids"], batch["text_mask"])
-    if config.train_text == "frozen":
-      context = jax.lax.stop_gradient(context)
-    table = jnp.asarray(features)
-
-    def network(inputs: flow.FlowInputs) -> jax.Array:
-      return balanced.train_forward(
-        transformer,
-        inputs.noisy,
-        table[inputs.index],
-        context,
-        mesh=mesh,
-        frames_per_chunk=settings.frames_per_chunk,
-        clean=inputs.context,
-        clean_time=table[inputs.context_index],
-        layout=config.sp_layout,
-        remat=config.remat,
-      )
-
-    return flow.ar_loss(network, batch, key, settings, errors)
-
-  return loss_fn
-
-
-def encode_prompts(
-  encoder: umt5.UMT5Encoder, ids: jax.Array, text_mask: jax.Array
-) -> jax.Array:
-  """Tokens and their mask (b, segments, k) -> embeddings (b, segments, k, text_dim)."""
-  b, segments, k = ids.shape
-  context = encoder(ids.reshape(-1, k), text_mask.reshape(-1, k))
-  return context.reshape(b, segments, k, -1)
+def loss_settings(config: ml_collections.ConfigDict) -> train_step.LossSettings:
+  """What a step computes, and how."""
+  return train_step.LossSettings(
+    flow.FlowSettings(config.data.frames_per_chunk, **config.flow),
+    config.dtype,
+    config.train_text,
+    config.sp_layout,
+    config.remat,
+    training_settings(config),
+    tuple(config.quantise.layers),
+  )
 
 
 def make_tokenizer(

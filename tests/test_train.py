@@ -1,5 +1,6 @@
 """The training script on tiny clips: it learns, stops, resumes exactly, and exports."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from longlive_jax.data.clips import clip_source
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.models import dit, umt5, vae
 from longlive_jax.models.text import Tokenizer
-from longlive_jax.train import flow, latents, loop, state
+from longlive_jax.train import flow, latents, loop, state, step
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -232,8 +233,9 @@ def tiny_problem(dtype="float32"):
     "ids": rng.integers(3, 50, (2, 4, 8)).astype(np.int32),
     "text_mask": np.ones((2, 4, 8), np.int32),
   }
-  settings = flow.FlowSettings(frames_per_chunk=2, weighting="uniform")
-  return params, batch, script.make_loss(config, dit_config, settings)
+  uniform = flow.FlowSettings(frames_per_chunk=2, weighting="uniform")
+  how = dataclasses.replace(script.loss_settings(config), flow=uniform)
+  return params, batch, step.make_loss(dit_config, how)
 
 
 def test_it_learns_with_its_text_encoder():
@@ -243,7 +245,7 @@ def test_it_learns_with_its_text_encoder():
   train = state.init_state(params, optimizer)
 
   @jax.jit
-  def step(train):
+  def learn(train):
     (loss, _), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
       train.params, batch, jax.random.key(0)
     )
@@ -251,7 +253,7 @@ def test_it_learns_with_its_text_encoder():
 
   seen = []
   for _ in range(30):
-    train, loss = step(train)
+    train, loss = learn(train)
     seen.append(float(loss))
   assert seen[-1] < 0.5 * seen[0]
   moved = lambda name: max(  # noqa: E731
