@@ -129,6 +129,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.log_every = 100
   c.checkpoint_every = 2000
   c.keep_checkpoints = 2
+  c.stop_every = 10  # steps until a signal to one process is heard by all
 
   if arg == "test":
     c.dit, c.text, c.dtype = "test", "test", "float32"

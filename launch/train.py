@@ -180,7 +180,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       batch = meshes.spread(next(batches), meshes.CLIPS, mesh)
       state, metrics = step_fn(state, batch, base)
       metrics_log.add(metrics)
-      if step % config.log_every == 0 or step == config.steps:
+      saves = step % config.checkpoint_every == 0 or step == config.steps
+      logs = step % config.log_every == 0 or step == config.steps
+      if logs:
         line = metrics_log.write(step)
         log.info(
           "step %d  loss %.4f  gradient %.2f  %.1f steps/s",
@@ -189,8 +191,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
           line["gradient_norm"],
           line["steps_per_second"],
         )
-      stopping = meshes.any_process(bool(stop))
-      if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+      asks = saves or logs or step % config.stop_every == 0
+      stopping = meshes.any_process(bool(stop), ask=asks)
+      if saves or stopping:
         checkpoints.save(step, state, batches.get_state())
       if stopping:
         reason = stop.reason or "another process"
@@ -237,7 +240,8 @@ def check(
       f"data.chunks={config.data.chunks} must be at least "
       f"view.window={config.view.window}"
     )
-  for name in ("steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
+  counts = "steps", "batch_size", "accumulate"
+  for name in (*counts, "log_every", "checkpoint_every", "stop_every"):
     if config[name] < 1:
       raise ValueError(f"{name}={config[name]} must be at least 1")
   balanced.check(

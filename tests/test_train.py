@@ -153,6 +153,22 @@ def test_stopped_and_resumed_equals_straight(folder, straight, monkeypatch, numb
     np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
+def test_processes_are_asked_whether_to_stop_now_and_then(
+  folder, straight, tmp_path, monkeypatch
+):
+  """At the same steps in each of them, whatever they know themselves."""
+  asked = []
+
+  def any_process(flag, *, ask):
+    asked.append(ask)
+    return False
+
+  monkeypatch.setattr(script.meshes, "any_process", any_process)
+  changes = {"log_every": 4, "checkpoint_every": 5, "stop_every": 2, **RECYCLED}
+  script.train(make_config(folder, tmp_path, **changes))
+  assert asked == [False, True, False, True, True, True]
+
+
 def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straight):
   made = []
   clips = latents.LatentClips(

@@ -101,11 +101,16 @@ def training_mesh(data: int = 1, sequence: int = 1) -> Mesh | None:
   )
 
 
-def any_process(flag: bool) -> bool:
-  """Whether the flag is set in any process of the run; all have to ask."""
+def any_process(flag: bool, *, ask: bool = True) -> bool:
+  """Whether the flag is set in any process of the run.
+
+  Args:
+    ask: the same in all processes. Asking waits for what the devices have to do: a loop
+      should not do it in every round. Without it only a process that is alone answers.
+  """
   if jax.process_count() == 1:
     return flag
-  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+  return ask and bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 @contextlib.contextmanager
