@@ -123,6 +123,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       frames_per_chunk=frames_per_chunk,
       seed=config.seed,
       threads=config.data.threads,
+      mesh=mesh,
     )
 
   # ------------------------------------------------------------------ networks
@@ -176,7 +177,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   stop = StopRequest()
   with stop.on_signals("step"):
     for step in range(first + 1, config.steps + 1):
-      # Every process has the same whole batch, so its order is always the same.
+      # A streamed batch is on its devices already. Of encoded clips every process has
+      # the same whole batch, so its order is always the same.
       batch = meshes.spread(next(batches), meshes.CLIPS, mesh)
       state, metrics = step_fn(state, batch, base)
       metrics_log.add(metrics)

@@ -56,7 +56,7 @@ from longlive_jax.parallel import balanced, costs, halo, hardware
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.quant import weights
 from longlive_jax.quant.training import TrainingSettings
-from longlive_jax.train import flow, latents, step
+from longlive_jax.train import flow, step
 from longlive_jax.train import state as train_state
 
 Array = jax.Array
@@ -257,23 +257,20 @@ def make_encode(case: Case, mesh: Mesh | None) -> Callable[[], Array]:
   )
   network.decoder = network.conv2 = None
   network = meshes.replicate(network, mesh)
+  by_spans = case.encode == "spans"
   spans = halo.make_spans(
-    network, latents=case.frames, devices=shared, frames_per_call=n
+    network, latents=case.frames, devices=shared if by_spans else 1, frames_per_call=n
   )
-  by_spans = case.encode == "spans" and shared > 1
-  frames = config.temporal_factor * (case.frames - 1) + 1
-  shape = (
-    case.samples, shared * spans.padded_frames if by_spans else frames,
-    _HEIGHT.value, _WIDTH.value, 3,
-  )  # fmt: skip
+  frames = spans.devices * spans.padded_frames
+  shape = (case.samples, frames, _HEIGHT.value, _WIDTH.value, 3)
   make = functools.partial(
     jax.random.bits, jax.random.key(1, impl="rbg"), shape, jnp.uint8
   )
   video = on_mesh(make, meshes.CLIPS if by_spans else P(meshes.DATA), mesh)()
   if by_spans:
     return lambda: halo.encode_spans(network, video, spans, mesh)
-  whole = jax.jit(latents.encode_frames, static_argnums=2)
-  return lambda: meshes.spread(whole(network, video, n), meshes.CLIPS, mesh)
+  whole = jax.jit(halo.encode_span, static_argnums=3)
+  return lambda: meshes.spread(whole(network, video, 0, spans), meshes.CLIPS, mesh)
 
 
 def timed(

@@ -200,21 +200,22 @@ def clip_batches(
   seed: int,
   chunks: int,
   frames_per_chunk: int = 8,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   threads: int = 8,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches of clips; each epoch has its own order.
 
+  Args:
+    rows: the samples of every batch that are read here; None: all.
+
   Each batch: name list[str], frames uint8 (b, t, h, w, 3), prompts list of b lists
-  of `chunks` strings, cuts bool (b, chunks); b = batch_size / process_count.
+  of `chunks` strings, cuts bool (b, chunks); b rows.
   """
 
   def load(clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
     return load_clip(clip, chunks=chunks, frames_per_chunk=frames_per_chunk)
 
-  share = _share(batch_size, process_count)
-  return _batches(source, load, share, seed, process_index, process_count, threads)
+  return _batches(source, load, batch_size, rows, seed, threads)
 
 
 def window_batches(
@@ -223,29 +224,30 @@ def window_batches(
   *,
   seed: int,
   frames: int = 17,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   threads: int = 8,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches {"frames": uint8 (b, frames, h, w, 3)} from random
-  places of the clips; b = batch_size / process_count."""
+  places of the clips; b rows, see `clip_batches`."""
 
   def load(clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
     return {"frames": load_window(clip, rng, frames=frames)}
 
-  share = _share(batch_size, process_count)
-  return _batches(source, load, share, seed, process_index, process_count, threads)
+  return _batches(source, load, batch_size, rows, seed, threads)
 
 
 def _batches(
   source: ClipSource,
   load: Callable[[Clip, np.random.Generator], dict[str, Any]],
-  share: int,
+  batch_size: int,
+  rows: Sequence[int] | None,
   seed: int,
-  process_index: int,
-  process_count: int,
   threads: int,
 ) -> grain.DatasetIterator:
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1")
+  rows = range(batch_size) if rows is None else rows
+
   def load_or_next(index: int, rng: np.random.Generator) -> dict[str, Any]:
     # The next clip takes the place of a bad one, so that every process still counts
     # the same samples.
@@ -259,9 +261,15 @@ def _batches(
     raise ValueError(f"none of {len(source)} clips can be used: {source.skipped}")
 
   samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-  # Random numbers belong to the global sample, so they are drawn before sharding.
-  samples = samples.random_map(load_or_next)[process_index::process_count]
-  batches = samples.batch(share, drop_remainder=True, batch_fn=_collate)
+  samples = samples.random_map(load_or_next)
+
+  def own(number: int) -> dict[str, Any]:
+    # By its place among all samples, which its random numbers come from, too.
+    batch, row = divmod(number, len(rows))
+    return samples[batch * batch_size + rows[row]]
+
+  numbers = grain.MapDataset.range(len(samples) // batch_size * len(rows))
+  batches = numbers.map(own).batch(len(rows), drop_remainder=True, batch_fn=_collate)
   # At most two batches a thread wait in memory: clips are large.
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   return iter(batches.to_iter_dataset(options))
@@ -273,15 +281,6 @@ def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     column = [sample[key] for sample in samples]
     stacked[key] = np.stack(column) if isinstance(value, np.ndarray) else column
   return stacked
-
-
-def _share(batch_size: int, process_count: int) -> int:
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size={batch_size} must be a positive multiple of "
-      f"process_count={process_count}"
-    )
-  return batch_size // process_count
 
 
 def _read(clip: Clip, frames: int | None) -> tuple[np.ndarray, float]:

@@ -206,6 +206,35 @@ def last_axis_specs(tree: Any, mesh: Mesh | None) -> Any:
   return jax.tree.map(spec, tree)
 
 
+def own_rows(batch: int, mesh: Mesh | None) -> list[int]:
+  """Samples of a batch that this process's devices work on."""
+  if mesh is None:
+    return list(range(batch))
+  held = sharding(mesh, P(DATA)).addressable_devices_indices_map((batch,))
+  return sorted({row for (at,) in held.values() for row in range(batch)[at]})
+
+
+def spread_rows(tree: Any, batch: int, mesh: Mesh | None) -> Any:
+  """Arrays (own rows, f, ...) of each process as global ones (batch, f, ...), as CLIPS.
+
+  Args:
+    tree: NumPy arrays with the samples of `own_rows`.
+  """
+  if mesh is None:
+    return tree
+  place_of = {row: place for place, row in enumerate(own_rows(batch, mesh))}
+
+  def put(own: np.ndarray) -> jax.Array:
+    def part(at: tuple[slice, ...]) -> np.ndarray:
+      rows = [place_of[row] for row in range(batch)[at[0]]]
+      return own[rows][:, *at[1:]]
+
+    shape = (batch, *own.shape[1:])
+    return jax.make_array_from_callback(shape, sharding(mesh, CLIPS), part)
+
+  return jax.tree.map(put, tree)
+
+
 def constrain(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
   """Inside jit: says where arrays are to be; None says nothing."""
   if mesh is None:

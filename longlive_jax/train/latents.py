@@ -5,6 +5,7 @@ against 19 MB of pixels. So a frozen VAE needs to run only once, before training
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -16,11 +17,14 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from longlive_jax.data.clips import ClipSource, clip_batches, load_clips
 from longlive_jax.models.pixels import to_unit
 from longlive_jax.models.text import Tokenizer
 from longlive_jax.models.vae import VideoVAE, encode
+from longlive_jax.parallel import halo
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.train.context import draw_view
 
 _log = logging.getLogger(__name__)
@@ -265,7 +269,10 @@ def _take_frames(latents: jax.Array, clip: jax.Array, frames: jax.Array) -> jax.
 class StreamedBatches:
   """Such batches with clips read and encoded as they come: for sets beyond memory.
 
-  Clips come in epochs, every one once in each.
+  Clips come in epochs, every one once in each. On a mesh every process reads the clips
+  of its own devices' samples, and every device encodes its span of them
+  (parallel/halo.py). A process does not stop at the end of its spans: whether a file is
+  whole must look the same to all that share it.
   """
 
   def __init__(
@@ -280,17 +287,26 @@ class StreamedBatches:
     frames_per_chunk: int,
     seed: int,
     threads: int = 8,
+    mesh: Mesh | None = None,
   ):
+    self._rows = meshes.own_rows(batch_size, mesh)
     self._clips = clip_batches(
       source,
       batch_size,
       seed=seed,
       chunks=chunks,
       frames_per_chunk=frames_per_chunk,
+      rows=self._rows,
       threads=threads,
     )
-    self._vae, self._tokenizer, self._views = vae, tokenizer, views
-    self._encode = _encoder(frames_per_chunk)
+    self._spans = halo.make_spans(
+      vae,
+      latents=chunks * frames_per_chunk,
+      devices=1 if mesh is None else mesh.shape[meshes.SEQUENCE],
+      frames_per_call=frames_per_chunk,
+    )
+    self._vae, self._mesh = meshes.replicate(vae, mesh), mesh
+    self._tokenizer, self._views, self._batch_size = tokenizer, views, batch_size
     self._frames_per_chunk, self._seed, self._count = frames_per_chunk, seed, 0
 
   def get_state(self) -> dict[str, Any]:
@@ -301,25 +317,49 @@ class StreamedBatches:
     self._count = state["count"]
 
   def __next__(self) -> dict[str, Any]:
-    batch = next(self._clips)
-    # A generator of its own for each batch: nothing to save but the count.
-    rng = np.random.default_rng((self._seed, self._count))
+    clips = next(self._clips)
+    columns = [
+      self._draw(row, cuts, prompts)
+      for row, cuts, prompts in zip(
+        self._rows, clips["cuts"], clips["prompts"], strict=True
+      )
+    ]
     self._count += 1
-    n, rows = self._frames_per_chunk, []
-    frames, masks = [], []
-    for cuts, clip_prompts in zip(batch["cuts"], batch["prompts"], strict=True):
-      chunks, counts = self._views.draw(cuts, rng)
-      dropped = rng.random() < self._views.caption_dropout
-      shown = ["" if dropped else clip_prompts[c] for c in chunks]
-      rows.append(self._tokenizer(shown))
-      frames.append((chunks[:, None] * n + np.arange(n)).ravel())
-      masks.append(np.repeat(counts, n))
-    latents = self._encode(self._vae, batch["frames"])
-    index = np.stack(frames)[:, :, None, None, None]
-    ids, text_mask = (np.stack(column) for column in zip(*rows, strict=True))
+    stacked = {name: np.stack([c[name] for c in columns]) for name in columns[0]}
+    batch = meshes.spread_rows(stacked, self._batch_size, self._mesh)
+    video, place_of = clips["frames"], {row: i for i, row in enumerate(self._rows)}
+    frames = halo.spread_frames(
+      lambda rows, start, stop: video[[place_of[row] for row in rows], start:stop],
+      self._spans,
+      self._mesh,
+      batch=self._batch_size,
+      height=video.shape[2],
+      width=video.shape[3],
+    )
+    latents = halo.encode_spans(self._vae, frames, self._spans, self._mesh)
+    return {"latents": _take(latents, batch.pop("frames"), self._mesh), **batch}
+
+  def _draw(
+    self, row: int, cuts: np.ndarray, prompts: Sequence[str]
+  ) -> dict[str, np.ndarray]:
+    """Which frames a sample is made of, which count, and the tokens of its chunks."""
+    # A generator of its own for each sample: nothing to save but the count, and no
+    # matter which process draws.
+    rng = np.random.default_rng((self._seed, self._count, row))
+    chunks, counts = self._views.draw(cuts, rng)
+    dropped = rng.random() < self._views.caption_dropout
+    ids, text_mask = self._tokenizer(["" if dropped else prompts[c] for c in chunks])
+    n = self._frames_per_chunk
     return {
-      "latents": jnp.take_along_axis(latents, index, axis=1),
-      "mask": np.stack(masks),
+      "frames": (chunks[:, None] * n + np.arange(n, dtype=np.int32)).ravel(),
+      "mask": np.repeat(counts, n),
       "ids": ids,
       "text_mask": text_mask,
     }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(latents: jax.Array, frames: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Latents (b, f, ...) of these frames (b, g)."""
+  taken = jnp.take_along_axis(latents, frames[:, :, None, None, None], axis=1)
+  return meshes.constrain(taken, meshes.CLIPS, mesh)
