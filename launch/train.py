@@ -24,9 +24,10 @@ from flax import nnx
 from ml_collections import config_flags
 
 from longlive_jax.checkpoint import store
+from longlive_jax.data.clip import Chunking, captions_of
 from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate import networks
-from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
+from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.layers import remat
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
@@ -61,6 +62,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   dit_config, text_config = check(config)
   mesh = meshes.training_mesh(config.devices, config.sequence_devices)
   frames_per_chunk = config.data.frames_per_chunk
+  chunking = chunking_of(config)
   views = latents.ViewSettings(**config.view)
   how = loss_settings(config)
   recycling = recycle.RecycleSettings(**config.recycle)
@@ -73,7 +75,13 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
   # ------------------------------------------------------------------ data
-  source = clip_source(config.data.folder)
+  data = config.data
+  source = clip_source(
+    data.folder,
+    height=data.height or None,
+    width=data.width or None,
+    fps=data.fps or None,
+  )
   vae = store.load_vae(config.vae, dtype=jnp.dtype(config.dtype))
   if vae.config.z_dim != dit_config.in_channels:
     raise ValueError(
@@ -82,26 +90,16 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     )
   with meshes.first_process_first():
     tokenizer = make_tokenizer(config, text_config, source, workdir)
-  if config.data.encode_once:
-    data = config.data
-
-    def encode() -> latents.LatentClips:
-      return latents.encode_clips(
-        source,
-        vae,
-        chunks=data.chunks,
-        frames_per_chunk=frames_per_chunk,
-        batch=data.encode_batch,
-        threads=data.threads,
-      )
-
+  if data.encode_once:
     began = time.perf_counter()
     content = fingerprint(data.folder, config.vae)
     with meshes.first_process_first():
       clips = latents.cached_clips(
         Path(data.latents) if data.latents else None,
-        f"{content} {data.chunks} {frames_per_chunk} {config.dtype}",
-        encode,
+        f"{content} {chunking} {data.height} {data.width} {data.fps} {config.dtype}",
+        lambda: latents.encode_clips(
+          source, vae, chunking, batch=data.encode_batch, threads=data.threads
+        ),
       )
     log.info("%d clips ready in %.0f s", len(clips), time.perf_counter() - began)
     batches = latents.EncodedBatches(
@@ -119,10 +117,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       tokenizer,
       config.batch_size,
       views,
-      chunks=config.data.chunks,
-      frames_per_chunk=frames_per_chunk,
+      chunking,
       seed=config.seed,
-      threads=config.data.threads,
+      threads=data.threads,
       mesh=mesh,
     )
 
@@ -201,6 +198,10 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
         reason = stop.reason or "another process"
         log.warning("%s: saved step %d; start again to go on", reason, step)
         break
+
+  if source.skipped:
+    names = ", ".join(sorted(source.skipped))
+    log.warning("%d clips were skipped: %s", len(source.skipped), names)
 
   # ------------------------------------------------------------------ result
   if int(state.step) == config.steps:
@@ -289,6 +290,12 @@ def check(
   return dit_config, text_config
 
 
+def chunking_of(config: ml_collections.ConfigDict) -> Chunking:
+  """How many chunks are taken of a clip."""
+  names = [field.name for field in dataclasses.fields(Chunking)]
+  return Chunking(**{name: config.data[name] for name in names})
+
+
 def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | None:
   """How products with weights are quantised; None if they are not."""
   mode = config.quantise.mode
@@ -323,7 +330,7 @@ def make_tokenizer(
   if not config.tokenizer and config.init:
     path = Path(config.init) / "tokenizer.json"
   elif not config.tokenizer and not path.exists():
-    captions = [c for clip in source for c in read_captions(clip.captions)]
+    captions = [c for clip in source for c in captions_of(clip)]
     train_toy_tokenizer([SCENE_CUT_PREFIX, *captions], path, text_config.vocab_size)
   tokenizer = Tokenizer(path, text_config.text_len)
   if tokenizer.vocab_size > text_config.vocab_size:

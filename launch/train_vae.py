@@ -19,7 +19,8 @@ from flax import nnx
 from ml_collections import config_flags
 
 from longlive_jax.checkpoint import store
-from longlive_jax.data.clips import ClipSource, clip_source, load_clips
+from longlive_jax.data.clip import Chunking
+from longlive_jax.data.clips import ClipSource, clip_source, load_clips, stack
 from longlive_jax.models.vae import VAE_SIZES, VAEConfig, VideoVAE
 from longlive_jax.programs import keep_programs
 from longlive_jax.stopping import StopRequest
@@ -171,19 +172,15 @@ def read_videos(config: ml_collections.ConfigDict) -> np.ndarray:
   data = config.data
   source = clip_source(data.folder, height=data.height, width=data.width)
   source = ClipSource(source[: data.clips])
-  clips = load_clips(
-    source,
-    chunks=data.chunks,
-    frames_per_chunk=data.frames_per_chunk,
-    threads=data.threads,
-  )
+  chunking = Chunking(data.frames_per_chunk, data.chunks)
+  clips = load_clips(source, chunking, threads=data.threads)
   if len(clips) <= data.holdout:
     raise ValueError(
       f"data.folder={data.folder!r} has {len(clips)} usable clips, "
       f"data.holdout={data.holdout} of them held out; give more clips"
     )
   logging.info("read %d clips, skipped %d", len(clips), len(source.skipped))
-  return np.stack([clip.pop("frames") for clip in clips])
+  return stack(clips, "frames")
 
 
 def main(argv: list[str]) -> None:

@@ -256,3 +256,13 @@ def test_views_at_a_cut_end_in_the_first_chunk_of_a_later_shot():
   still = [False] * 5  # without a cut any chunk will do
   lasts = {context.draw_view(still, rng, 4, at_cut=1.0)[0][-1] for _ in range(50)}
   assert len(lasts) > 1
+
+
+def test_a_clip_shorter_than_the_window_is_filled_up():
+  cuts = [False, True, False]
+  for plain in (0.0, 1.0):
+    chunks, counts = context.draw_view(cuts, np.random.default_rng(0), 5, plain=plain)
+    assert len(chunks) == 5 and chunks.max() == 2
+    assert not counts[3:].any() and counts[0]
+  np.testing.assert_array_equal(chunks, [0, 1, 2, 2, 2])
+  np.testing.assert_array_equal(counts, [1, 1, 1, 0, 0])

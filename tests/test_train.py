@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import encode_latents
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from longlive_jax.checkpoint import lora, store
+from longlive_jax.data.clip import Chunking, save_latents
 from longlive_jax.data.clips import clip_source
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.models import dit, umt5, vae
@@ -172,8 +174,9 @@ def test_processes_are_asked_whether_to_stop_now_and_then(
 def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straight):
   made = []
   clips = latents.LatentClips(
-    np.ones((1, 2, 1, 1, 3), np.float32), np.zeros((1, 2), bool), (("a", "b"),)
-  )
+    np.ones((1, 2, 1, 1, 3), np.float32), np.zeros((1, 2), bool),
+    np.ones(1, np.int32), (("a", "b"),),
+  )  # fmt: skip
 
   def encode():
     made.append(1)
@@ -185,29 +188,51 @@ def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straig
     assert len(made) == count
     np.testing.assert_array_equal(found.latents, clips.latents)
     assert found.prompts == clips.prompts and found.cuts.dtype == bool
+    assert found.valid.tolist() == [1]
   (cache / "about.json").write_text("{")  # cut short
   latents.cached_clips(cache, "y", encode)
   assert len(made) == 3
 
 
+def write_latents(folder, out, *flags):
+  data, network = folder / "data", folder / "small_vae"
+  encode_latents._FLAGS(
+    ["encode", f"--data={data}", f"--vae={network}", f"--out={out}", *flags,
+     "--frames_per_chunk=2", "--dtype=float32"]
+  )  # fmt: skip
+  try:
+    encode_latents.main([])
+  finally:
+    encode_latents._FLAGS.unparse_flags()
+
+
 def test_streamed_batches_match_clips_encoded_once(folder, straight):
   """Without the views' randomness both pipelines serve the same sequences."""
   source = clip_source(folder / "data")
-  network = store.load_vae(folder / "vae")
+  small = vae.VAEConfig(dim=4, dec_dim=4, z_dim=8, num_res_blocks=1)
+  network = random_network("vae", small, 0)
+  store.save_network(folder / "small_vae", network)
   tokenizer = Tokenizer(straight / "tokenizer.json", 8)
   views = latents.ViewSettings(window=5, plain=1.0, no_sink=0, caption_dropout=0)
-  sizes = {"chunks": 5, "frames_per_chunk": 2}
-  clips = latents.encode_clips(source, network, batch=2, threads=2, **sizes)
+  chunking = Chunking(2, chunks=5)
+  clips = latents.encode_clips(source, network, chunking, batch=2, threads=2)
   assert clips.latents.shape == (6, 10, 2, 2, 8) and clips.cuts.sum() == 6
   once = latents.EncodedBatches(
     clips, tokenizer, 2, views, frames_per_chunk=2, seed=1
   )
   streamed = latents.StreamedBatches(
-    source, network, tokenizer, 2, views, seed=1, threads=2, **sizes
+    source, network, tokenizer, 2, views, chunking, seed=1, threads=2
+  )
+  out = folder / "encoded"
+  write_latents(folder, out)
+  stored = latents.StreamedBatches(
+    clip_source(out), network, tokenizer, 2, views, chunking, seed=1
   )
   rows = {}  # by their captions: the order is each pipeline's own
   for _ in range(3):  # all six clips
     batch = next(streamed)
+    for name, value in next(stored).items():  # but that of videos and of their latents
+      np.testing.assert_allclose(value, batch[name], atol=1e-5, err_msg=name)
     for i, ids in enumerate(batch["ids"]):
       rows[ids.tobytes()] = {name: value[i] for name, value in batch.items()}
   assert len(rows) == 6
@@ -222,6 +247,38 @@ def test_streamed_batches_match_clips_encoded_once(folder, straight):
   after = next(streamed)
   streamed.set_state(json.loads(json.dumps(position)))
   np.testing.assert_array_equal(next(streamed)["latents"], after["latents"])
+  # What is there is not encoded again, and nothing is mixed.
+  first = out / "latents" / "c0.npz"
+  (out / "latents" / "c1.npz").unlink()
+  before = first.stat().st_mtime_ns
+  write_latents(folder, out)
+  assert len([*out.glob("latents/*.npz")]) == 6
+  assert first.stat().st_mtime_ns == before
+  with pytest.raises(ValueError, match="of another VAE or other settings"):
+    write_latents(folder, out, "--fps=8")
+
+
+def test_what_fills_up_a_short_clip_does_not_count(straight, tmp_path):
+  """3 chunks in a window of 4: the last is there again, without weight."""
+  (tmp_path / "latents").mkdir()
+  values = np.random.default_rng(0).normal(size=(6, 2, 2, 8)).astype(np.float32)
+  save_latents(tmp_path / "latents" / "x.npz", values, [*"abc"])
+  source, chunking = clip_source(tmp_path), Chunking(2, chunks=5, min_chunks=1)
+  network = random_network("vae", vae.VAE_SIZES["test"], 0)
+  tokenizer = Tokenizer(straight / "tokenizer.json", 8)
+  views = latents.ViewSettings(window=4, plain=1.0)
+  clips = latents.encode_clips(source, network, chunking)
+  assert clips.latents.shape == (1, 10, 2, 2, 8) and clips.valid.tolist() == [3]
+  for batches in (
+    latents.EncodedBatches(clips, tokenizer, 2, views, frames_per_chunk=2, seed=0),
+    latents.StreamedBatches(source, network, tokenizer, 2, views, chunking, seed=0),
+  ):
+    batch = next(batches)
+    np.testing.assert_array_equal(batch["mask"], [[1] * 6 + [0] * 2] * 2)
+    np.testing.assert_array_equal(batch["latents"][0, :6], values)
+  other = random_network("vae", dataclasses.replace(network.config, z_dim=4), 0)
+  with pytest.raises(ValueError, match="have 8 channels, those of the VAE 4"):
+    latents.encode_clips(source, other, chunking)
 
 
 def test_dropped_captions_are_the_empty_prompt(folder, straight):

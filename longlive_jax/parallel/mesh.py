@@ -214,8 +214,8 @@ def own_rows(batch: int, mesh: Mesh | None) -> list[int]:
   return sorted({row for (at,) in held.values() for row in range(batch)[at]})
 
 
-def spread_rows(tree: Any, batch: int, mesh: Mesh | None) -> Any:
-  """Arrays (own rows, f, ...) of each process as global ones (batch, f, ...), as CLIPS.
+def spread_rows(tree: Any, batch: int, mesh: Mesh | None, spec: P = CLIPS) -> Any:
+  """Arrays (own rows, f, ...) of each process as global ones (batch, f, ...).
 
   Args:
     tree: NumPy arrays with the samples of `own_rows`.
@@ -230,7 +230,7 @@ def spread_rows(tree: Any, batch: int, mesh: Mesh | None) -> Any:
       return own[rows][:, *at[1:]]
 
     shape = (batch, *own.shape[1:])
-    return jax.make_array_from_callback(shape, sharding(mesh, CLIPS), part)
+    return jax.make_array_from_callback(shape, sharding(mesh, spec), part)
 
   return jax.tree.map(put, tree)
 

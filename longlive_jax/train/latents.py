@@ -18,11 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from longlive_jax.data.clips import ClipSource, clip_batches, load_clips
+from longlive_jax.data.clip import Chunking
+from longlive_jax.data.clips import ClipSource, clip_batches, load_clips, stack
 from longlive_jax.models.pixels import to_unit
 from longlive_jax.models.text import Tokenizer
-from longlive_jax.models.vae import VideoVAE, encode
+from longlive_jax.models.vae import (
+  EncoderState,
+  VideoVAE,
+  encode,
+  encode_chunk,
+  init_encoder_state,
+)
 from longlive_jax.parallel import halo
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.train.context import draw_view
@@ -37,11 +45,13 @@ class LatentClips:
   Attributes:
     latents: (n, f, y, x, c) float32.
     cuts: (n, chunks) bool.
+    valid: (n,) int32, chunks from the start that are the clip's own.
     prompts: n tuples of `chunks` strings.
   """
 
   latents: np.ndarray
   cuts: np.ndarray
+  valid: np.ndarray
   prompts: tuple[tuple[str, ...], ...]
 
   def __len__(self) -> int:
@@ -93,51 +103,52 @@ class ViewSettings:
 def encode_clips(
   source: ClipSource,
   vae: VideoVAE,
+  chunking: Chunking,
   *,
-  chunks: int,
-  frames_per_chunk: int,
   batch: int = 8,
   threads: int = 8,
 ) -> LatentClips:
   """Reads and encodes every readable clip of a folder.
 
   Args:
-    source: the folder.
+    source: the folder; of latents they are only read.
     vae: the frozen VAE, in the dtype it should compute in.
-    chunks: chunks taken from the start of each clip; shorter clips are skipped.
-    frames_per_chunk: latent frames of a chunk.
+    chunking: what is taken of each clip; shorter ones are skipped.
     batch: clips encoded in one call.
     threads: clips read at a time.
 
   Raises:
-    ValueError: no clip of the folder could be used.
+    ValueError: no clip of the folder could be used, or they differ in size.
   """
-  run = _encoder(frames_per_chunk)
-  pieces, cuts, prompts = [], [], []
+  run = _encoder(chunking.frames_per_chunk)
+  pieces, found = [], []
   for start in range(0, len(source), batch):
     part = ClipSource(source[start : start + batch])
-    clips = load_clips(
-      part, chunks=chunks, frames_per_chunk=frames_per_chunk, threads=threads
-    )
+    clips = load_clips(part, chunking, threads=threads)
+    source.skipped.update(part.skipped)
     if not clips:
       continue
-    frames = np.stack([clip["frames"] for clip in clips])
-    # The last batch is filled up: one shape, one program.
-    short = batch - len(frames)
-    frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
-    # Not fetched yet: the device encodes while the next clips are read.
-    pieces.append(run(vae, frames)[: len(clips)])
-    cuts += [clip["cuts"] for clip in clips]
-    prompts += [tuple(clip["prompts"]) for clip in clips]
+    if "latents" in clips[0]:
+      pieces.append(stack(clips, "latents"))
+      _check_channels(pieces[-1], vae)
+    else:
+      frames = stack(clips, "frames")
+      # The last batch is filled up: one shape, one program.
+      short = batch - len(frames)
+      frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+      # Not fetched yet: the device encodes while the next clips are read.
+      pieces.append(run(vae, frames)[: len(clips)])
+    found += [(clip["cuts"], clip["valid"], tuple(clip["prompts"])) for clip in clips]
     if (start // batch) % 50 == 0:
-      _log.info("encoded %d of %d clips", len(prompts), len(source))
-  if not prompts:
+      _log.info("encoded %d of %d clips", len(found), len(source))
+  if not found:
     raise ValueError(
-      f"none of {len(source)} clips has {chunks} chunks of {frames_per_chunk} latent "
-      "frames; use a smaller chunks"
+      f"none of {len(source)} clips has {chunking.chunks} chunks of "
+      f"{chunking.frames_per_chunk} latent frames; use a smaller chunks"
     )
   latents = np.concatenate([np.asarray(piece, np.float32) for piece in pieces])
-  return LatentClips(latents=latents, cuts=np.stack(cuts), prompts=tuple(prompts))
+  cuts, valid, prompts = zip(*found, strict=True)
+  return LatentClips(latents, np.stack(cuts), np.stack(valid), prompts)
 
 
 def cached_clips(
@@ -160,8 +171,8 @@ def cached_clips(
     about = json.loads(record.read_text())
     if about["identity"] == identity:
       prompts = tuple(tuple(row) for row in about["prompts"])
-      cuts = np.array(about["cuts"], bool)
-      return LatentClips(np.load(folder / "latents.npy"), cuts, prompts)
+      cuts, valid = np.array(about["cuts"], bool), np.array(about["valid"], np.int32)
+      return LatentClips(np.load(folder / "latents.npy"), cuts, valid, prompts)
   except (OSError, ValueError, KeyError, TypeError):  # absent or half written
     pass
   clips = encode()
@@ -171,10 +182,45 @@ def cached_clips(
   about = {
     "identity": identity,
     "cuts": clips.cuts.tolist(),
+    "valid": clips.valid.tolist(),
     "prompts": clips.prompts,
   }
   record.write_text(json.dumps(about))
   return clips
+
+
+def _check_channels(latents: np.ndarray, vae: VideoVAE) -> None:
+  if latents.shape[-1] != vae.config.z_dim:
+    raise ValueError(
+      f"the folder's latents have {latents.shape[-1]} channels, those of the VAE "
+      f"{vae.config.z_dim}; encode them again with this VAE (tools/encode_latents.py)"
+    )
+
+
+@jax.jit
+def _next_latents(vae: VideoVAE, state: EncoderState, frames: jax.Array):
+  return encode_chunk(vae, state, to_unit(frames))
+
+
+def encode_video(
+  vae: VideoVAE, frames: np.ndarray, frames_per_call: int
+) -> np.ndarray:
+  """One clip, uint8 (t, h, w, 3), to latents (f, y, x, c) float32.
+
+  A program that is compiled once serves clips of all lengths.
+
+  Args:
+    frames: 4 f - 3 of them, f a multiple of frames_per_call.
+  """
+  scale, each = vae.config.spatial_factor, vae.config.temporal_factor * frames_per_call
+  _, height, width, _ = frames.shape
+  state = init_encoder_state(vae, 1, height // scale, width // scale)
+  padded = np.pad(frames, ((-len(frames) % each, 0), (0, 0), (0, 0), (0, 0)))
+  pieces = []
+  for piece in np.split(padded, len(padded) // each):
+    latents, state = _next_latents(vae, state, piece[None])
+    pieces.append(latents[0])
+  return np.concatenate(jax.device_get(pieces))
 
 
 def encode_frames(vae: VideoVAE, frames: jax.Array, frames_per_call: int) -> jax.Array:
@@ -236,7 +282,7 @@ class EncodedBatches:
       return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def draw_sequence(number: int, rng: np.random.Generator) -> dict[str, Any]:
-      chunks, counts = views.draw(clips.cuts[number], rng)
+      chunks, counts = views.draw(clips.cuts[number][: clips.valid[number]], rng)
       dropped = rng.random() < views.caption_dropout
       return {
         "clip": np.int32(number),
@@ -282,32 +328,26 @@ class StreamedBatches:
     tokenizer: Tokenizer,
     batch_size: int,
     views: ViewSettings,
+    chunking: Chunking,
     *,
-    chunks: int,
-    frames_per_chunk: int,
     seed: int,
     threads: int = 8,
     mesh: Mesh | None = None,
   ):
     self._rows = meshes.own_rows(batch_size, mesh)
     self._clips = clip_batches(
-      source,
-      batch_size,
-      seed=seed,
-      chunks=chunks,
-      frames_per_chunk=frames_per_chunk,
-      rows=self._rows,
-      threads=threads,
+      source, batch_size, chunking, seed=seed, rows=self._rows, threads=threads
     )
     self._spans = halo.make_spans(
       vae,
-      latents=chunks * frames_per_chunk,
+      latents=chunking.chunks * chunking.frames_per_chunk,
       devices=1 if mesh is None else mesh.shape[meshes.SEQUENCE],
-      frames_per_call=frames_per_chunk,
+      frames_per_call=chunking.frames_per_chunk,
     )
     self._vae, self._mesh = meshes.replicate(vae, mesh), mesh
     self._tokenizer, self._views, self._batch_size = tokenizer, views, batch_size
-    self._frames_per_chunk, self._seed, self._count = frames_per_chunk, seed, 0
+    self._frames_per_chunk, self._seed = chunking.frames_per_chunk, seed
+    self._count = 0
 
   def get_state(self) -> dict[str, Any]:
     return {"clips": self._clips.get_state(), "count": self._count}
@@ -319,15 +359,27 @@ class StreamedBatches:
   def __next__(self) -> dict[str, Any]:
     clips = next(self._clips)
     columns = [
-      self._draw(row, cuts, prompts)
-      for row, cuts, prompts in zip(
-        self._rows, clips["cuts"], clips["prompts"], strict=True
+      self._draw(row, cuts[:valid], prompts)
+      for row, cuts, valid, prompts in zip(
+        self._rows, clips["cuts"], clips["valid"], clips["prompts"], strict=True
       )
     ]
     self._count += 1
-    stacked = {name: np.stack([c[name] for c in columns]) for name in columns[0]}
+    stacked = {key: stack(columns, key) for key in columns[0]}
     batch = meshes.spread_rows(stacked, self._batch_size, self._mesh)
-    video, place_of = clips["frames"], {row: i for i, row in enumerate(self._rows)}
+    if "latents" in clips:
+      _check_channels(clips["latents"], self._vae)
+      # Whole on each device of a sample: their frames need not divide.
+      latents = meshes.spread_rows(
+        clips["latents"], self._batch_size, self._mesh, P(meshes.DATA)
+      )
+    else:
+      latents = self._encode(clips["frames"])
+    return {"latents": _take(latents, batch.pop("frames"), self._mesh), **batch}
+
+  def _encode(self, video: np.ndarray) -> jax.Array:
+    """Latents of this process's clips, uint8 (rows, t, h, w, 3), and of all others."""
+    place_of = {row: i for i, row in enumerate(self._rows)}
     frames = halo.spread_frames(
       lambda rows, start, stop: video[[place_of[row] for row in rows], start:stop],
       self._spans,
@@ -336,8 +388,7 @@ class StreamedBatches:
       height=video.shape[2],
       width=video.shape[3],
     )
-    latents = halo.encode_spans(self._vae, frames, self._spans, self._mesh)
-    return {"latents": _take(latents, batch.pop("frames"), self._mesh), **batch}
+    return halo.encode_spans(self._vae, frames, self._spans, self._mesh)
 
   def _draw(
     self, row: int, cuts: np.ndarray, prompts: Sequence[str]
