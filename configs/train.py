@@ -136,7 +136,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
 
   c.log_every = 100
   c.checkpoint_every = 2000
-  c.keep_checkpoints = 2
+  c.keep_checkpoints = 2  # the newest
+  c.keep_every = 0  # those at multiples of it stay, too
   c.stop_every = 10  # steps until a signal to one process is heard by all
 
   if arg == "test":

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_processes_are_asked_whether_to_stop_now_and_then(
     asked.append(ask)
     return False
 
-  monkeypatch.setattr(script.meshes, "any_process", any_process)
+  monkeypatch.setattr(loop.meshes, "any_process", any_process)
   changes = {"log_every": 4, "checkpoint_every": 5, "stop_every": 2, **RECYCLED}
   script.train(make_config(folder, tmp_path, **changes))
   assert asked == [False, True, False, True, True, True]
@@ -175,7 +176,7 @@ def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straig
   made = []
   clips = latents.LatentClips(
     np.ones((1, 2, 1, 1, 3), np.float32), np.zeros((1, 2), bool),
-    np.ones(1, np.int32), (("a", "b"),),
+    np.ones(1, np.int32), (("a", "b"),), ("x",),
   )  # fmt: skip
 
   def encode():
@@ -188,7 +189,7 @@ def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straig
     assert len(made) == count
     np.testing.assert_array_equal(found.latents, clips.latents)
     assert found.prompts == clips.prompts and found.cuts.dtype == bool
-    assert found.valid.tolist() == [1]
+    assert found.valid.tolist() == [1] and found.names == ("x",)
   (cache / "about.json").write_text("{")  # cut short
   latents.cached_clips(cache, "y", encode)
   assert len(made) == 3
@@ -380,11 +381,51 @@ def test_learning_rate_warms_up_and_decays():
     state.OptimizerSettings(steps=100, warmup=100)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  log = loop.MetricsLog(tmp_path / "metrics.jsonl", 4)
-  log.add({"loss": jnp.float32(np.nan)})
-  with pytest.raises(FloatingPointError, match="between steps 4 and 5"):
-    log.write(5)
+def test_a_loss_that_is_not_finite_stops_the_run(folder, straight, tmp_path):
+  """Before it is saved as good: the step after the bad one would have been."""
+  changes = {"log_every": 4, "checkpoint_every": 2, "steps": 9, **RECYCLED}
+  changes["optimizer.learning_rate"] = np.inf
+  with pytest.raises(FloatingPointError, match=r"in step 2, of clips c[0-5], c[0-5],"):
+    script.train(make_config(folder, tmp_path, **changes))
+  assert not loop.Checkpoints(tmp_path / "checkpoints", 2).steps()
+  failed = tmp_path / "failed" / "2"
+  assert np.isnan(store.load(failed)["params.dit.head.linear.weight"]).any()
+  assert store.load_metadata(failed)["iterator"]
+
+
+def test_checkpoints_are_kept_by_policy(tmp_path):
+  """Written while the state that was given goes on changing."""
+  checkpoints = loop.Checkpoints(tmp_path / "c", keep=2, keep_every=3)
+  add_one = jax.jit(lambda a: a + 1, donate_argnums=0)
+  value = jnp.zeros(1000)
+  for number in range(1, 9):
+    value = add_one(value)
+    checkpoints.save(number, {"a": value}, {})
+  checkpoints.wait()
+  assert checkpoints.steps() == [3, 6, 7, 8]
+  assert (store.load(tmp_path / "c" / "6")["a"] == 6).all()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+  checkpoints = loop.Checkpoints(tmp_path / "c", keep=1)
+  rng = np.random.default_rng(0)
+  checkpoints.save(1, {"a": rng.normal(size=100_000)}, {})
+  checkpoints.wait()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # As when a disk is full, writing a file fails half way.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+  try:
+    checkpoints.save(2, {"a": rng.normal(size=100_000)}, {})
+    with pytest.raises(OSError, match=r"cannot save checkpoint .*2: .*whole: step 1"):
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+  restored, _ = checkpoints.restore({"a": np.zeros(100_000)})
+  assert restored["a"].any()
+  checkpoints.save(2, {"a": np.ones(3)}, {})
+  checkpoints.wait()
+  assert checkpoints.steps() == [2]
 
 
 def test_bad_settings_are_refused_before_anything_is_read(tmp_path, folder):

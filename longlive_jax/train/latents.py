@@ -47,12 +47,14 @@ class LatentClips:
     cuts: (n, chunks) bool.
     valid: (n,) int32, chunks from the start that are the clip's own.
     prompts: n tuples of `chunks` strings.
+    names: n strings.
   """
 
   latents: np.ndarray
   cuts: np.ndarray
   valid: np.ndarray
   prompts: tuple[tuple[str, ...], ...]
+  names: tuple[str, ...]
 
   def __len__(self) -> int:
     return len(self.latents)
@@ -138,7 +140,8 @@ def encode_clips(
       frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
       # Not fetched yet: the device encodes while the next clips are read.
       pieces.append(run(vae, frames)[: len(clips)])
-    found += [(clip["cuts"], clip["valid"], tuple(clip["prompts"])) for clip in clips]
+    for clip in clips:
+      found.append((clip["cuts"], clip["valid"], tuple(clip["prompts"]), clip["name"]))
     if (start // batch) % 50 == 0:
       _log.info("encoded %d of %d clips", len(found), len(source))
   if not found:
@@ -147,8 +150,8 @@ def encode_clips(
       f"{chunking.frames_per_chunk} latent frames; use a smaller chunks"
     )
   latents = np.concatenate([np.asarray(piece, np.float32) for piece in pieces])
-  cuts, valid, prompts = zip(*found, strict=True)
-  return LatentClips(latents, np.stack(cuts), np.stack(valid), prompts)
+  cuts, valid, prompts, names = zip(*found, strict=True)
+  return LatentClips(latents, np.stack(cuts), np.stack(valid), prompts, names)
 
 
 def cached_clips(
@@ -172,7 +175,8 @@ def cached_clips(
     if about["identity"] == identity:
       prompts = tuple(tuple(row) for row in about["prompts"])
       cuts, valid = np.array(about["cuts"], bool), np.array(about["valid"], np.int32)
-      return LatentClips(np.load(folder / "latents.npy"), cuts, valid, prompts)
+      names = tuple(about["names"])
+      return LatentClips(np.load(folder / "latents.npy"), cuts, valid, prompts, names)
   except (OSError, ValueError, KeyError, TypeError):  # absent or half written
     pass
   clips = encode()
@@ -184,6 +188,7 @@ def cached_clips(
     "cuts": clips.cuts.tolist(),
     "valid": clips.valid.tolist(),
     "prompts": clips.prompts,
+    "names": clips.names,
   }
   record.write_text(json.dumps(about))
   return clips
@@ -258,6 +263,9 @@ class EncodedBatches:
     latents (b, w * frames_per_chunk, y, x, c) float32
     mask (b, w * frames_per_chunk) float32, 1 where the loss counts
     ids, text_mask (b, w, k) int32, the tokens of each chunk's prompt
+
+  Attributes:
+    clips: names of the clips of the last batch.
   """
 
   def __init__(
@@ -293,7 +301,8 @@ class EncodedBatches:
 
     batches = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(draw_batch)
     self._batches = iter(batches.to_iter_dataset(grain.ReadOptions(8, 32)))
-    self._latents = jax.device_put(clips.latents)
+    self._latents, self._names = jax.device_put(clips.latents), clips.names
+    self.clips: list[str] = []
 
   def get_state(self) -> dict[str, Any]:
     return self._batches.get_state()
@@ -304,6 +313,7 @@ class EncodedBatches:
   def __next__(self) -> dict[str, Any]:
     batch = dict(next(self._batches))
     clip, frames = batch.pop("clip"), batch.pop("frames")
+    self.clips = [self._names[number] for number in clip]
     return {"latents": _take_frames(self._latents, clip, frames), **batch}
 
 
@@ -319,6 +329,9 @@ class StreamedBatches:
   of its own devices' samples, and every device encodes its span of them
   (parallel/halo.py). A process does not stop at the end of its spans: whether a file is
   whole must look the same to all that share it.
+
+  Attributes:
+    clips: names of the clips that this process has of the last batch.
   """
 
   def __init__(
@@ -347,7 +360,7 @@ class StreamedBatches:
     self._vae, self._mesh = meshes.replicate(vae, mesh), mesh
     self._tokenizer, self._views, self._batch_size = tokenizer, views, batch_size
     self._frames_per_chunk, self._seed = chunking.frames_per_chunk, seed
-    self._count = 0
+    self._count, self.clips = 0, []
 
   def get_state(self) -> dict[str, Any]:
     return {"clips": self._clips.get_state(), "count": self._count}
@@ -375,6 +388,7 @@ class StreamedBatches:
       )
     else:
       latents = self._encode(clips["frames"])
+    self.clips = clips["name"]
     return {"latents": _take(latents, batch.pop("frames"), self._mesh), **batch}
 
   def _encode(self, video: np.ndarray) -> jax.Array:
