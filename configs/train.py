@@ -78,6 +78,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.flow = ml_collections.ConfigDict()
   c.flow.shift = 3.0
   c.flow.weighting = "uniform"
+  c.flow.conditioning_frames = 0  # given ones: 1 trains image to video
   c.flow.context_noise_max = 0
   c.flow.context_jitter = 0.1
 

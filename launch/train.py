@@ -250,6 +250,7 @@ def check(
       f"batch_size={config.batch_size} must be a multiple of devices={config.devices} "
       f"x accumulate={config.accumulate}"
     )
+  loss_settings(config).flow.check(config.view.window * config.data.frames_per_chunk)
   remat.check(config.remat)
   several = config.devices * config.sequence_devices > 1
   network = store.abstract_network("dit", dit_config)

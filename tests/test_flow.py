@@ -266,3 +266,32 @@ def test_a_clip_shorter_than_the_window_is_filled_up():
     assert not counts[3:].any() and counts[0]
   np.testing.assert_array_equal(chunks, [0, 1, 2, 2, 2])
   np.testing.assert_array_equal(counts, [1, 1, 1, 0, 0])
+
+
+def test_given_frames_are_clean_whatever_is_done_to_the_others():
+  """Image to video: noise of the context and mixed-in noise leave the image alone."""
+  settings = flow.FlowSettings(
+    2, conditioning_frames=1, context_jitter=0.5, context_noise_max=100
+  )
+  clean = np.random.default_rng(0).normal(size=(2, 4, 1, 1, 3)).astype(np.float32)
+  seen = []
+
+  def network(inputs):
+    seen.append(inputs)
+    return jnp.where(jnp.arange(4)[None, :, None, None, None] < 1, 99.0, inputs.target)
+
+  loss, _ = flow.ar_loss(network, {"latents": clean}, jax.random.key(0), settings)
+  assert loss == 0  # what is said of the image does not count
+  (inputs,) = seen
+  for part in (inputs.noisy, inputs.context):
+    np.testing.assert_array_equal(part[:, :1], clean[:, :1])
+    assert (part[:, 1:] != clean[:, 1:]).all()
+  for index in (inputs.index, inputs.context_index):
+    assert (index[:, 0] == flow.CLEAN_INDEX).all()
+    assert (index[:, 1:] < flow.CLEAN_INDEX).all()
+  np.testing.assert_array_equal(inputs.mask, [[0, 1, 1, 1]] * 2)
+  with pytest.raises(ValueError, match="conditioning_frames=4 must be fewer than"):
+    every = dataclasses.replace(settings, conditioning_frames=4)
+    flow.ar_loss(network, {"latents": clean}, jax.random.key(0), every)
+  with pytest.raises(ValueError, match="conditioning_frames=-1"):
+    dataclasses.replace(settings, conditioning_frames=-1)

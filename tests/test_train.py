@@ -437,6 +437,10 @@ def test_bad_settings_are_refused_before_anything_is_read(tmp_path, folder):
     "batch_size": (0, "batch_size=0"),
     "data.chunks": (3, "view.window=4"),
     "flow.weighting": ("flat", "bell"),
+    "flow.conditioning_frames": (8, "fewer than the 8 frames"),
+    "data.min_chunks": (6, "min_chunks=6"),
+    "data.height": (32, "height=32 and width=None"),
+    "stop_every": (0, "stop_every=0"),
     "data.folder": (str(tmp_path), "no clip"),
   }
   for field, (value, message) in cases.items():
