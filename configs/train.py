@@ -48,9 +48,17 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.export_dtype = "bfloat16"  # of the weights that are shipped
 
   c.data = ml_collections.ConfigDict()
+  # Of videos and captions (longlive_jax/data/clips.py), or of latents that
+  # tools/encode_latents.py wrote.
   c.data.folder = "outputs/toy_data"
   c.data.chunks = 12  # from the start of every clip
+  c.data.min_chunks = 0  # shorter clips are filled up, masked; 0: skipped
   c.data.frames_per_chunk = 8
+  c.data.chunks_per_shot = 0  # without shot_durations.txt; 0: shots of one length
+  c.data.max_chunks_per_shot = 0  # the rest of a shot is left out; 0: nothing
+  c.data.height = 0  # pixels that videos are resized and cropped to; 0: as they are
+  c.data.width = 0
+  c.data.fps = 0.0  # that videos are resampled to; 0: as they are
   c.data.encode_once = True  # False: read and encode during training
   c.data.latents = "outputs/toy_latents"  # where encoded clips are kept; '' nowhere
   c.data.encode_batch = 32
@@ -70,6 +78,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.flow = ml_collections.ConfigDict()
   c.flow.shift = 3.0
   c.flow.weighting = "uniform"
+  c.flow.conditioning_frames = 0  # given ones: 1 trains image to video
   c.flow.context_noise_max = 0
   c.flow.context_jitter = 0.1
 
@@ -128,7 +137,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
 
   c.log_every = 100
   c.checkpoint_every = 2000
-  c.keep_checkpoints = 2
+  c.keep_checkpoints = 2  # the newest
+  c.keep_every = 0  # those at multiples of it stay, too
+  c.stop_every = 10  # steps until a signal to one process is heard by all
 
   if arg == "test":
     c.dit, c.text, c.dtype = "test", "test", "float32"

@@ -13,36 +13,32 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from longlive_jax.checkpoint import lora, store
+from longlive_jax.checkpoint import store
+from longlive_jax.data.clip import Chunking, captions_of
 from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate import networks
-from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX, read_captions
+from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.layers import remat
 from longlive_jax.models import dit, umt5
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
-from longlive_jax.parallel import balanced, sharded_weights
+from longlive_jax.parallel import balanced
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
 from longlive_jax.quant.training import TrainingSettings, prepare_training
-from longlive_jax.stopping import StopRequest
-from longlive_jax.train import accumulate, flow, latents, loop, recycle
+from longlive_jax.train import flow, latents, loop, recycle
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
+from longlive_jax.train import step as train_step
 
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -65,8 +61,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   dit_config, text_config = check(config)
   mesh = meshes.training_mesh(config.devices, config.sequence_devices)
   frames_per_chunk = config.data.frames_per_chunk
+  chunking = chunking_of(config)
   views = latents.ViewSettings(**config.view)
-  flow_settings = flow.FlowSettings(frames_per_chunk=frames_per_chunk, **config.flow)
+  how = loss_settings(config)
   recycling = recycle.RecycleSettings(**config.recycle)
   optimizer_settings = train_state.OptimizerSettings(
     steps=config.steps, **config.optimizer
@@ -77,7 +74,13 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
   # ------------------------------------------------------------------ data
-  source = clip_source(config.data.folder)
+  data = config.data
+  source = clip_source(
+    data.folder,
+    height=data.height or None,
+    width=data.width or None,
+    fps=data.fps or None,
+  )
   vae = store.load_vae(config.vae, dtype=jnp.dtype(config.dtype))
   if vae.config.z_dim != dit_config.in_channels:
     raise ValueError(
@@ -86,26 +89,16 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     )
   with meshes.first_process_first():
     tokenizer = make_tokenizer(config, text_config, source, workdir)
-  if config.data.encode_once:
-    data = config.data
-
-    def encode() -> latents.LatentClips:
-      return latents.encode_clips(
-        source,
-        vae,
-        chunks=data.chunks,
-        frames_per_chunk=frames_per_chunk,
-        batch=data.encode_batch,
-        threads=data.threads,
-      )
-
+  if data.encode_once:
     began = time.perf_counter()
     content = fingerprint(data.folder, config.vae)
     with meshes.first_process_first():
       clips = latents.cached_clips(
         Path(data.latents) if data.latents else None,
-        f"{content} {data.chunks} {frames_per_chunk} {config.dtype}",
-        encode,
+        f"{content} {chunking} {data.height} {data.width} {data.fps} {config.dtype}",
+        lambda: latents.encode_clips(
+          source, vae, chunking, batch=data.encode_batch, threads=data.threads
+        ),
       )
     log.info("%d clips ready in %.0f s", len(clips), time.perf_counter() - began)
     batches = latents.EncodedBatches(
@@ -123,10 +116,10 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       tokenizer,
       config.batch_size,
       views,
-      chunks=config.data.chunks,
-      frames_per_chunk=frames_per_chunk,
+      chunking,
       seed=config.seed,
-      threads=config.data.threads,
+      threads=data.threads,
+      mesh=mesh,
     )
 
   # ------------------------------------------------------------------ networks
@@ -157,34 +150,19 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   state = meshes.spread(state, specs, mesh)
 
   # ------------------------------------------------------------------ one step
-  loss_fn = make_loss(config, dit_config, flow_settings, mesh)
-  gradient_fn = accumulate.value_and_grad(loss_fn, config.accumulate)
-  schedule = train_state.learning_rate(optimizer_settings)
-  key = jax.random.key(config.seed)
-
-  def step_fn(state, batch, base):
-    step_key = jax.random.fold_in(key, state.step)
-    (loss, (metrics, errors)), gradients = gradient_fn(
-      state.params, batch, step_key, state.errors, base
-    )
-    metrics["loss"] = loss
-    metrics["gradient_norm"] = optax.global_norm(gradients)
-    metrics["learning_rate"] = schedule(state.step)
-    state = train_state.update(
-      state,
-      gradients,
-      optimizer,
-      ema_decay=config.ema_decay,
-      ema_start=config.ema_start,
-    )
-    state = dataclasses.replace(state, errors=errors)
-    return meshes.constrain((state, metrics), (specs, P()), mesh)
-
-  step_fn = jax.jit(step_fn, donate_argnums=0)
+  loss_fn = train_step.make_loss(dit_config, how, mesh)
+  names = ("seed", "accumulate", "ema_decay", "ema_start")
+  step_settings = train_step.StepSettings(
+    optimizer_settings, **{name: config[name] for name in names}
+  )
+  step_fn = train_step.make_step(loss_fn, step_settings, optimizer, specs, mesh)
 
   # ------------------------------------------------------------------ resume
   checkpoints = loop.Checkpoints(
-    workdir / "checkpoints", config.keep_checkpoints, config.init if base else ""
+    workdir / "checkpoints",
+    config.keep_checkpoints,
+    config.init if base else "",
+    config.keep_every,
   )
   if checkpoints.steps():
     state, iterator_state = checkpoints.restore(state)
@@ -193,31 +171,28 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   first = int(state.step)
 
   # ------------------------------------------------------------------ the loop
-  metrics_log = loop.MetricsLog(workdir / "metrics.jsonl", first)
-  line: dict[str, float] = {}
-  stop = StopRequest()
-  with stop.on_signals("step"):
-    for step in range(first + 1, config.steps + 1):
-      # Every process has the same whole batch, so its order is always the same.
-      batch = meshes.spread(next(batches), meshes.CLIPS, mesh)
-      state, metrics = step_fn(state, batch, base)
-      metrics_log.add(metrics)
-      if step % config.log_every == 0 or step == config.steps:
-        line = metrics_log.write(step)
-        log.info(
-          "step %d  loss %.4f  gradient %.2f  %.1f steps/s",
-          step,
-          line["loss"],
-          line["gradient_norm"],
-          line["steps_per_second"],
-        )
-      stopping = meshes.any_process(bool(stop))
-      if step % config.checkpoint_every == 0 or step == config.steps or stopping:
-        checkpoints.save(step, state, batches.get_state())
-      if stopping:
-        reason = stop.reason or "another process"
-        log.warning("%s: saved step %d; start again to go on", reason, step)
-        break
+  def advance(state, step):
+    # A streamed batch is on its devices already. Of encoded clips every process has
+    # the same whole batch, so its order is always the same.
+    return step_fn(state, meshes.spread(next(batches), meshes.CLIPS, mesh), base)
+
+  state, line = loop.run(
+    advance,
+    state,
+    loop.MetricsLog(workdir / "metrics.jsonl", first),
+    checkpoints,
+    batches.get_state,
+    first=first,
+    steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+    stop_every=config.stop_every,
+    shown=("loss", "gradient_norm"),
+    clips=lambda: batches.clips,
+  )
+  if source.skipped:
+    names = ", ".join(sorted(source.skipped))
+    log.warning("%d clips were skipped: %s", len(source.skipped), names)
 
   # ------------------------------------------------------------------ result
   if int(state.step) == config.steps:
@@ -259,7 +234,8 @@ def check(
       f"data.chunks={config.data.chunks} must be at least "
       f"view.window={config.view.window}"
     )
-  for name in ("steps", "batch_size", "log_every", "checkpoint_every", "accumulate"):
+  counts = "steps", "batch_size", "accumulate"
+  for name in (*counts, "log_every", "checkpoint_every", "stop_every"):
     if config[name] < 1:
       raise ValueError(f"{name}={config[name]} must be at least 1")
   balanced.check(
@@ -274,6 +250,7 @@ def check(
       f"batch_size={config.batch_size} must be a multiple of devices={config.devices} "
       f"x accumulate={config.accumulate}"
     )
+  loss_settings(config).flow.check(config.view.window * config.data.frames_per_chunk)
   remat.check(config.remat)
   several = config.devices * config.sequence_devices > 1
   network = store.abstract_network("dit", dit_config)
@@ -305,6 +282,12 @@ def check(
   return dit_config, text_config
 
 
+def chunking_of(config: ml_collections.ConfigDict) -> Chunking:
+  """How many chunks are taken of a clip."""
+  names = [field.name for field in dataclasses.fields(Chunking)]
+  return Chunking(**{name: config.data[name] for name in names})
+
+
 def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | None:
   """How products with weights are quantised; None if they are not."""
   mode = config.quantise.mode
@@ -315,64 +298,17 @@ def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | N
   return settings if mode else None
 
 
-def make_loss(
-  config: ml_collections.ConfigDict,
-  dit_config: dit.WanConfig,
-  settings: flow.FlowSettings,
-  mesh: Mesh | None = None,
-) -> Callable[..., tuple[jax.Array, Any]]:
-  """loss(params, batch, key, errors=None, base=None) -> (loss, (metrics, errors)).
-
-  See `ar_loss`. What is in base stands beside params and gets no gradient.
-  """
-  features = dit.time_features(
-    flow.timestep_table(settings.shift), dit_config.freq_dim
-  )  # (1001, freq_dim), one row an index
-  quantise = training_settings(config)
-
-  def loss_fn(params, batch, key, errors=None, base=None):
-    params = train_state.cast({**(base or {}), **params}, config.dtype)
-    transformer = params["dit"]
-    if quantise:
-      # Far from the numbers of a split: the draws of the loss stay what they are.
-      rounding = jax.random.fold_in(key, 2**31)
-      transformer = prepare_training(
-        transformer, config.quantise.layers, quantise, rounding
-      )
-    if "lora" in params:
-      transformer = lora.attach_lora(transformer, params["lora"])
-    encode_text = sharded_weights.over(mesh, encode_prompts)
-    context = encode_text(params["text"], batch["ids"], batch["text_mask"])
-    if config.train_text == "frozen":
-      context = jax.lax.stop_gradient(context)
-    table = jnp.asarray(features)
-
-    def network(inputs: flow.FlowInputs) -> jax.Array:
-      return balanced.train_forward(
-        transformer,
-        inputs.noisy,
-        table[inputs.index],
-        context,
-        mesh=mesh,
-        frames_per_chunk=settings.frames_per_chunk,
-        clean=inputs.context,
-        clean_time=table[inputs.context_index],
-        layout=config.sp_layout,
-        remat=config.remat,
-      )
-
-    return flow.ar_loss(network, batch, key, settings, errors)
-
-  return loss_fn
-
-
-def encode_prompts(
-  encoder: umt5.UMT5Encoder, ids: jax.Array, text_mask: jax.Array
-) -> jax.Array:
-  """Tokens and their mask (b, segments, k) -> embeddings (b, segments, k, text_dim)."""
-  b, segments, k = ids.shape
-  context = encoder(ids.reshape(-1, k), text_mask.reshape(-1, k))
-  return context.reshape(b, segments, k, -1)
+def loss_settings(config: ml_collections.ConfigDict) -> train_step.LossSettings:
+  """What a step computes, and how."""
+  return train_step.LossSettings(
+    flow.FlowSettings(config.data.frames_per_chunk, **config.flow),
+    config.dtype,
+    config.train_text,
+    config.sp_layout,
+    config.remat,
+    training_settings(config),
+    tuple(config.quantise.layers),
+  )
 
 
 def make_tokenizer(
@@ -386,7 +322,7 @@ def make_tokenizer(
   if not config.tokenizer and config.init:
     path = Path(config.init) / "tokenizer.json"
   elif not config.tokenizer and not path.exists():
-    captions = [c for clip in source for c in read_captions(clip.captions)]
+    captions = [c for clip in source for c in captions_of(clip)]
     train_toy_tokenizer([SCENE_CUT_PREFIX, *captions], path, text_config.vocab_size)
   tokenizer = Tokenizer(path, text_config.text_len)
   if tokenizer.vocab_size > text_config.vocab_size:

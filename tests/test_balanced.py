@@ -12,10 +12,17 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import folder, losses, make_config, script  # noqa: F401
+from test_train import (  # noqa: F401
+  folder,
+  losses,
+  make_config,
+  random_network,
+  script,
+)
 
 from longlive_jax.checkpoint import store
 from longlive_jax.layers import remat
+from longlive_jax.models import vae
 from longlive_jax.parallel import balanced
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.train import accumulate
@@ -123,6 +130,7 @@ changes = {
   "ema_start": 1,
   "recycle.buckets": 4, "recycle.capacity": 4,
   "devices": int(devices), "sequence_devices": int(sequence),
+  "data.encode_once": False, "vae": folder + "/small_vae",
 }
 script.train(make_config(Path(folder), workdir, **changes))
 print(json.dumps({"devices": jax.device_count()}))
@@ -170,7 +178,12 @@ def test_no_device_holds_the_weights_of_all_blocks(parts):
 
 # ------------------------------------------------------------------ the script
 def test_a_run_on_other_devices_and_processes(folder, tmp_path):  # noqa: F811
-  """Two processes with four devices each, as 2 x 4; from step 1 again on one device."""
+  """Two processes with four devices each, as 2 x 4; from step 1 again on one device.
+
+  Each process reads samples of its own, and a device encodes a span of them.
+  """
+  config = vae.VAEConfig(dim=4, dec_dim=4, z_dim=8, num_res_blocks=1)
+  store.save_network(folder / "small_vae", random_network("vae", config, 0))
   many, one = tmp_path / "many", tmp_path / "one"
   with socket.socket() as free:
     free.bind(("localhost", 0))

@@ -98,7 +98,8 @@ def test_overwriting_keeps_the_old_until_the_new_is_whole(tmp_path, monkeypatch)
   with pytest.raises(FileExistsError, match="exists; remove it"):
     store.save(path, {"a": np.ones(3)})
   with monkeypatch.context() as patch:
-    patch.setattr(store.ocp, "save", lambda *_, **__: (_ for _ in ()).throw(OSError))
+    fails = lambda *_, **__: (_ for _ in ()).throw(OSError)  # noqa: E731
+    patch.setattr(store.ocp, "save_async", fails)
     with pytest.raises(OSError):
       store.save(path, {"a": np.ones(3)}, overwrite=True)
   assert store.load(path)["a"].sum() == 0

@@ -256,3 +256,42 @@ def test_views_at_a_cut_end_in_the_first_chunk_of_a_later_shot():
   still = [False] * 5  # without a cut any chunk will do
   lasts = {context.draw_view(still, rng, 4, at_cut=1.0)[0][-1] for _ in range(50)}
   assert len(lasts) > 1
+
+
+def test_a_clip_shorter_than_the_window_is_filled_up():
+  cuts = [False, True, False]
+  for plain in (0.0, 1.0):
+    chunks, counts = context.draw_view(cuts, np.random.default_rng(0), 5, plain=plain)
+    assert len(chunks) == 5 and chunks.max() == 2
+    assert not counts[3:].any() and counts[0]
+  np.testing.assert_array_equal(chunks, [0, 1, 2, 2, 2])
+  np.testing.assert_array_equal(counts, [1, 1, 1, 0, 0])
+
+
+def test_given_frames_are_clean_whatever_is_done_to_the_others():
+  """Image to video: noise of the context and mixed-in noise leave the image alone."""
+  settings = flow.FlowSettings(
+    2, conditioning_frames=1, context_jitter=0.5, context_noise_max=100
+  )
+  clean = np.random.default_rng(0).normal(size=(2, 4, 1, 1, 3)).astype(np.float32)
+  seen = []
+
+  def network(inputs):
+    seen.append(inputs)
+    return jnp.where(jnp.arange(4)[None, :, None, None, None] < 1, 99.0, inputs.target)
+
+  loss, _ = flow.ar_loss(network, {"latents": clean}, jax.random.key(0), settings)
+  assert loss == 0  # what is said of the image does not count
+  (inputs,) = seen
+  for part in (inputs.noisy, inputs.context):
+    np.testing.assert_array_equal(part[:, :1], clean[:, :1])
+    assert (part[:, 1:] != clean[:, 1:]).all()
+  for index in (inputs.index, inputs.context_index):
+    assert (index[:, 0] == flow.CLEAN_INDEX).all()
+    assert (index[:, 1:] < flow.CLEAN_INDEX).all()
+  np.testing.assert_array_equal(inputs.mask, [[0, 1, 1, 1]] * 2)
+  with pytest.raises(ValueError, match="conditioning_frames=4 must be fewer than"):
+    every = dataclasses.replace(settings, conditioning_frames=4)
+    flow.ar_loss(network, {"latents": clean}, jax.random.key(0), every)
+  with pytest.raises(ValueError, match="conditioning_frames=-1"):
+    dataclasses.replace(settings, conditioning_frames=-1)

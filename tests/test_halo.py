@@ -121,36 +121,38 @@ import numpy as np
 from random_weights import random_vae
 
 from longlive_jax.data.video import read_video
-from longlive_jax.parallel import halo
+from longlive_jax.parallel import halo, mesh as meshes
 from longlive_jax.train.latents import encode_frames
 
 model, path = random_vae(), {path!r}
-mesh = jax.make_mesh((4,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
-spans = halo.make_spans(model, latents=40, devices=4, frames_per_call=2)
+mesh = meshes.training_mesh(2, 2)
+spans = halo.make_spans(model, latents=40, devices=2, frames_per_call=2)
 asked = []
 
 
-def read(start, stop):
-  asked.append((start, stop))
-  return read_video(path, start=start, frames=stop - start)[0][None]
+def read(rows, start, stop):
+  asked.append((*rows, start, stop))
+  frames = read_video(path, start=start, frames=stop - start)[0]
+  return np.stack([frames if row == 0 else 255 - frames for row in rows])
 
 
-frames = halo.spread_frames(read, spans, mesh, batch=1, height=16, width=16)
+frames = halo.spread_frames(read, spans, mesh, batch=2, height=16, width=16)
 latents = halo.encode_spans(model, frames, spans, mesh)
-clip = read_video(path)[0][None]
-whole = jax.jit(encode_frames, static_argnums=2)(model, clip, 2)
+clip = read_video(path)[0]
+clips = np.stack([clip, 255 - clip])
+whole = jax.jit(encode_frames, static_argnums=2)(model, clips, 2)
 try:
   halo.encode_spans(model, frames[:, :, :, :15], spans, mesh)
 except ValueError as error:
   refused = str(error)
 print(json.dumps({{
   "asked": sorted(asked),
-  "expected": [spans.video_frames(d) for d in range(4)],
-  "shards": [shard.data.shape[1] for shard in latents.addressable_shards],
+  "expected": [(row, *spans.video_frames(d)) for row in range(2) for d in range(2)],
+  "shards": [shard.data.shape[:2] for shard in latents.addressable_shards],
   "shape": whole.shape,
   "equal": np.array_equal(np.asarray(latents)[:, :40], whole),
   "most": max(s.data.shape[1] for s in frames.addressable_shards),
-  "clip": clip.shape[1],
+  "clip": clips.shape[1],
   "refused": refused,
 }}))
 """
@@ -171,7 +173,7 @@ def test_devices_read_and_encode_their_spans(tmp_path):
   assert result.returncode == 0, result.stderr[-3000:]
   found = json.loads(result.stdout.splitlines()[-1])
   assert found["asked"] == found["expected"]
-  assert found["shards"] == [10] * 4 and found["shape"] == [1, 40, 4, 4, 8]
+  assert found["shards"] == [[1, 20]] * 4 and found["shape"] == [2, 40, 4, 4, 8]
   assert found["equal"]
   assert found["most"] < found["clip"]
   assert found["refused"] == "width=15 must be a multiple of 4"
@@ -186,6 +188,17 @@ def test_bad_counts(model, name):
 
 def test_spans_for_another_mesh(model):
   spans = halo.make_spans(model, latents=8, devices=2)
-  mesh = jax.make_mesh((1,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
-  with pytest.raises(ValueError, match="spans are for devices=2, but axis 'seq'"):
-    halo.spread_frames(lambda a, b: None, spans, mesh, batch=1, height=4, width=4)
+  with pytest.raises(ValueError, match="for devices=2, but the mesh has 1 that share"):
+    halo.spread_frames(lambda *_: None, spans, None, batch=1, height=4, width=4)
+
+
+def test_a_device_alone_encodes_no_halo(model):
+  spans = halo.make_spans(model, latents=6, devices=1, frames_per_call=2)
+  assert spans.halo == 0 and spans.padded_frames == 12
+  clip = _clip(6)
+  frames = halo.spread_frames(
+    lambda rows, start, stop: clip[list(rows), start:stop], spans, None, batch=1,
+    height=SIZE, width=SIZE,
+  )  # fmt: skip
+  latents = halo.encode_spans(model, frames, spans, None)
+  np.testing.assert_array_equal(latents, _whole(model, clip, 2))

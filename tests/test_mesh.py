@@ -134,3 +134,14 @@ def test_a_single_device_needs_no_mesh():
 def test_processes_that_are_described_wrongly(spec):
   with pytest.raises(ValueError, match=r"distributed=.* must be 'auto' or HOST:PORT"):
     meshes.initialize(spec)
+
+
+def test_a_loop_asks_other_processes_only_when_it_says_so(monkeypatch):
+  assert meshes.any_process(True, ask=False)  # alone
+  asked = []
+  monkeypatch.setattr(meshes.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    meshes.multihost_utils, "process_allgather", lambda flag: asked.append(1) or flag
+  )
+  assert not meshes.any_process(True, ask=False) and not asked
+  assert meshes.any_process(True) and asked == [1]

@@ -16,7 +16,7 @@ from longlive_jax.checkpoint import store
 from longlive_jax.layers import linear
 from longlive_jax.quant import nvfp4, training, weights
 from longlive_jax.quant.training import TrainingSettings, TrainingWeight
-from longlive_jax.train import flow
+from longlive_jax.train import step
 
 ROOT = Path(__file__).parents[1]
 NEAREST = TrainingSettings(stochastic=False)
@@ -244,8 +244,7 @@ def test_the_script_trains_in_the_precision_it_is_told(mode):
   config = quantised_config(mode=mode)
   config.dtype = "bfloat16"
   dit_config, text_config = script.check(config)
-  settings = flow.FlowSettings(frames_per_chunk=2, weighting="uniform")
-  loss_fn = script.make_loss(config, dit_config, settings)
+  loss_fn = step.make_loss(dit_config, script.loss_settings(config))
   params = {
     "dit": store.abstract_network("dit", dit_config),
     "text": store.abstract_network("umt5", text_config),

@@ -1,12 +1,15 @@
 """The training script on tiny clips: it learns, stops, resumes exactly, and exports."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
 
+import encode_latents
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +18,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from longlive_jax.checkpoint import lora, store
+from longlive_jax.data.clip import Chunking, save_latents
 from longlive_jax.data.clips import clip_source
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.models import dit, umt5, vae
 from longlive_jax.models.text import Tokenizer
-from longlive_jax.train import flow, latents, loop, state
+from longlive_jax.train import flow, latents, loop, state, step
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -152,11 +156,28 @@ def test_stopped_and_resumed_equals_straight(folder, straight, monkeypatch, numb
     np.testing.assert_array_equal(first[name], second[name], err_msg=name)
 
 
+def test_processes_are_asked_whether_to_stop_now_and_then(
+  folder, straight, tmp_path, monkeypatch
+):
+  """At the same steps in each of them, whatever they know themselves."""
+  asked = []
+
+  def any_process(flag, *, ask):
+    asked.append(ask)
+    return False
+
+  monkeypatch.setattr(loop.meshes, "any_process", any_process)
+  changes = {"log_every": 4, "checkpoint_every": 5, "stop_every": 2, **RECYCLED}
+  script.train(make_config(folder, tmp_path, **changes))
+  assert asked == [False, True, False, True, True, True]
+
+
 def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straight):
   made = []
   clips = latents.LatentClips(
-    np.ones((1, 2, 1, 1, 3), np.float32), np.zeros((1, 2), bool), (("a", "b"),)
-  )
+    np.ones((1, 2, 1, 1, 3), np.float32), np.zeros((1, 2), bool),
+    np.ones(1, np.int32), (("a", "b"),), ("x",),
+  )  # fmt: skip
 
   def encode():
     made.append(1)
@@ -168,29 +189,51 @@ def test_encoded_clips_are_kept_and_redone_when_something_changes(folder, straig
     assert len(made) == count
     np.testing.assert_array_equal(found.latents, clips.latents)
     assert found.prompts == clips.prompts and found.cuts.dtype == bool
+    assert found.valid.tolist() == [1] and found.names == ("x",)
   (cache / "about.json").write_text("{")  # cut short
   latents.cached_clips(cache, "y", encode)
   assert len(made) == 3
 
 
+def write_latents(folder, out, *flags):
+  data, network = folder / "data", folder / "small_vae"
+  encode_latents._FLAGS(
+    ["encode", f"--data={data}", f"--vae={network}", f"--out={out}", *flags,
+     "--frames_per_chunk=2", "--dtype=float32"]
+  )  # fmt: skip
+  try:
+    encode_latents.main([])
+  finally:
+    encode_latents._FLAGS.unparse_flags()
+
+
 def test_streamed_batches_match_clips_encoded_once(folder, straight):
   """Without the views' randomness both pipelines serve the same sequences."""
   source = clip_source(folder / "data")
-  network = store.load_vae(folder / "vae")
+  small = vae.VAEConfig(dim=4, dec_dim=4, z_dim=8, num_res_blocks=1)
+  network = random_network("vae", small, 0)
+  store.save_network(folder / "small_vae", network)
   tokenizer = Tokenizer(straight / "tokenizer.json", 8)
   views = latents.ViewSettings(window=5, plain=1.0, no_sink=0, caption_dropout=0)
-  sizes = {"chunks": 5, "frames_per_chunk": 2}
-  clips = latents.encode_clips(source, network, batch=2, threads=2, **sizes)
+  chunking = Chunking(2, chunks=5)
+  clips = latents.encode_clips(source, network, chunking, batch=2, threads=2)
   assert clips.latents.shape == (6, 10, 2, 2, 8) and clips.cuts.sum() == 6
   once = latents.EncodedBatches(
     clips, tokenizer, 2, views, frames_per_chunk=2, seed=1
   )
   streamed = latents.StreamedBatches(
-    source, network, tokenizer, 2, views, seed=1, threads=2, **sizes
+    source, network, tokenizer, 2, views, chunking, seed=1, threads=2
+  )
+  out = folder / "encoded"
+  write_latents(folder, out)
+  stored = latents.StreamedBatches(
+    clip_source(out), network, tokenizer, 2, views, chunking, seed=1
   )
   rows = {}  # by their captions: the order is each pipeline's own
   for _ in range(3):  # all six clips
     batch = next(streamed)
+    for name, value in next(stored).items():  # but that of videos and of their latents
+      np.testing.assert_allclose(value, batch[name], atol=1e-5, err_msg=name)
     for i, ids in enumerate(batch["ids"]):
       rows[ids.tobytes()] = {name: value[i] for name, value in batch.items()}
   assert len(rows) == 6
@@ -205,6 +248,38 @@ def test_streamed_batches_match_clips_encoded_once(folder, straight):
   after = next(streamed)
   streamed.set_state(json.loads(json.dumps(position)))
   np.testing.assert_array_equal(next(streamed)["latents"], after["latents"])
+  # What is there is not encoded again, and nothing is mixed.
+  first = out / "latents" / "c0.npz"
+  (out / "latents" / "c1.npz").unlink()
+  before = first.stat().st_mtime_ns
+  write_latents(folder, out)
+  assert len([*out.glob("latents/*.npz")]) == 6
+  assert first.stat().st_mtime_ns == before
+  with pytest.raises(ValueError, match="of another VAE or other settings"):
+    write_latents(folder, out, "--fps=8")
+
+
+def test_what_fills_up_a_short_clip_does_not_count(straight, tmp_path):
+  """3 chunks in a window of 4: the last is there again, without weight."""
+  (tmp_path / "latents").mkdir()
+  values = np.random.default_rng(0).normal(size=(6, 2, 2, 8)).astype(np.float32)
+  save_latents(tmp_path / "latents" / "x.npz", values, [*"abc"])
+  source, chunking = clip_source(tmp_path), Chunking(2, chunks=5, min_chunks=1)
+  network = random_network("vae", vae.VAE_SIZES["test"], 0)
+  tokenizer = Tokenizer(straight / "tokenizer.json", 8)
+  views = latents.ViewSettings(window=4, plain=1.0)
+  clips = latents.encode_clips(source, network, chunking)
+  assert clips.latents.shape == (1, 10, 2, 2, 8) and clips.valid.tolist() == [3]
+  for batches in (
+    latents.EncodedBatches(clips, tokenizer, 2, views, frames_per_chunk=2, seed=0),
+    latents.StreamedBatches(source, network, tokenizer, 2, views, chunking, seed=0),
+  ):
+    batch = next(batches)
+    np.testing.assert_array_equal(batch["mask"], [[1] * 6 + [0] * 2] * 2)
+    np.testing.assert_array_equal(batch["latents"][0, :6], values)
+  other = random_network("vae", dataclasses.replace(network.config, z_dim=4), 0)
+  with pytest.raises(ValueError, match="have 8 channels, those of the VAE 4"):
+    latents.encode_clips(source, other, chunking)
 
 
 def test_dropped_captions_are_the_empty_prompt(folder, straight):
@@ -232,8 +307,9 @@ def tiny_problem(dtype="float32"):
     "ids": rng.integers(3, 50, (2, 4, 8)).astype(np.int32),
     "text_mask": np.ones((2, 4, 8), np.int32),
   }
-  settings = flow.FlowSettings(frames_per_chunk=2, weighting="uniform")
-  return params, batch, script.make_loss(config, dit_config, settings)
+  uniform = flow.FlowSettings(frames_per_chunk=2, weighting="uniform")
+  how = dataclasses.replace(script.loss_settings(config), flow=uniform)
+  return params, batch, step.make_loss(dit_config, how)
 
 
 def test_it_learns_with_its_text_encoder():
@@ -243,7 +319,7 @@ def test_it_learns_with_its_text_encoder():
   train = state.init_state(params, optimizer)
 
   @jax.jit
-  def step(train):
+  def learn(train):
     (loss, _), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
       train.params, batch, jax.random.key(0)
     )
@@ -251,7 +327,7 @@ def test_it_learns_with_its_text_encoder():
 
   seen = []
   for _ in range(30):
-    train, loss = step(train)
+    train, loss = learn(train)
     seen.append(float(loss))
   assert seen[-1] < 0.5 * seen[0]
   moved = lambda name: max(  # noqa: E731
@@ -305,11 +381,51 @@ def test_learning_rate_warms_up_and_decays():
     state.OptimizerSettings(steps=100, warmup=100)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  log = loop.MetricsLog(tmp_path / "metrics.jsonl", 4)
-  log.add({"loss": jnp.float32(np.nan)})
-  with pytest.raises(FloatingPointError, match="between steps 4 and 5"):
-    log.write(5)
+def test_a_loss_that_is_not_finite_stops_the_run(folder, straight, tmp_path):
+  """Before it is saved as good: the step after the bad one would have been."""
+  changes = {"log_every": 4, "checkpoint_every": 2, "steps": 9, **RECYCLED}
+  changes["optimizer.learning_rate"] = np.inf
+  with pytest.raises(FloatingPointError, match=r"in step 2, of clips c[0-5], c[0-5],"):
+    script.train(make_config(folder, tmp_path, **changes))
+  assert not loop.Checkpoints(tmp_path / "checkpoints", 2).steps()
+  failed = tmp_path / "failed" / "2"
+  assert np.isnan(store.load(failed)["params.dit.head.linear.weight"]).any()
+  assert store.load_metadata(failed)["iterator"]
+
+
+def test_checkpoints_are_kept_by_policy(tmp_path):
+  """Written while the state that was given goes on changing."""
+  checkpoints = loop.Checkpoints(tmp_path / "c", keep=2, keep_every=3)
+  add_one = jax.jit(lambda a: a + 1, donate_argnums=0)
+  value = jnp.zeros(1000)
+  for number in range(1, 9):
+    value = add_one(value)
+    checkpoints.save(number, {"a": value}, {})
+  checkpoints.wait()
+  assert checkpoints.steps() == [3, 6, 7, 8]
+  assert (store.load(tmp_path / "c" / "6")["a"] == 6).all()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+  checkpoints = loop.Checkpoints(tmp_path / "c", keep=1)
+  rng = np.random.default_rng(0)
+  checkpoints.save(1, {"a": rng.normal(size=100_000)}, {})
+  checkpoints.wait()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # As when a disk is full, writing a file fails half way.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+  try:
+    checkpoints.save(2, {"a": rng.normal(size=100_000)}, {})
+    with pytest.raises(OSError, match=r"cannot save checkpoint .*2: .*whole: step 1"):
+      checkpoints.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+  restored, _ = checkpoints.restore({"a": np.zeros(100_000)})
+  assert restored["a"].any()
+  checkpoints.save(2, {"a": np.ones(3)}, {})
+  checkpoints.wait()
+  assert checkpoints.steps() == [2]
 
 
 def test_bad_settings_are_refused_before_anything_is_read(tmp_path, folder):
@@ -321,6 +437,10 @@ def test_bad_settings_are_refused_before_anything_is_read(tmp_path, folder):
     "batch_size": (0, "batch_size=0"),
     "data.chunks": (3, "view.window=4"),
     "flow.weighting": ("flat", "bell"),
+    "flow.conditioning_frames": (8, "fewer than the 8 frames"),
+    "data.min_chunks": (6, "min_chunks=6"),
+    "data.height": (32, "height=32 and width=None"),
+    "stop_every": (0, "stop_every=0"),
     "data.folder": (str(tmp_path), "no clip"),
   }
   for field, (value, message) in cases.items():

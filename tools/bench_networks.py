@@ -23,6 +23,24 @@ def abstract_model(config: dit.WanConfig, dtype, precision: str) -> dit.CausalDi
   return jax.eval_shape(quantise, model)
 
 
+def random_dit(config: dit.WanConfig, dtype) -> dit.CausalDiT:
+  """A transformer with random weights everywhere."""
+  model = dit.CausalDiT(config, dtype=dtype, rngs=nnx.Rngs(_key(0)))
+  # A fresh head is zero, and matrix units run faster on zeros than on data.
+  head = model.head.linear.weight
+  head.set_value(0.02 * jax.random.normal(_key(1), head.shape, dtype))
+  return model
+
+
+def random_vae(config: vae.VAEConfig, dtype) -> vae.VideoVAE:
+  return vae.VideoVAE(config, dtype=dtype, rngs=nnx.Rngs(_key(2)))
+
+
+def _key(seed: int) -> jax.Array:
+  # rbg: threefry compiles for seconds on a CPU, and again for every shape.
+  return jax.random.key(seed, impl="rbg")
+
+
 def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
   """Both networks with random weights, made on the device.
 
@@ -36,26 +54,15 @@ def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
       f"vae={vae_size!r} has z_dim={video_vae.z_dim}; {size} has {config.in_channels}"
     )
 
-  def key(seed: int):
-    # rbg: threefry compiles for seconds on a CPU, and again for every shape.
-    return jax.random.key(seed, impl="rbg")
-
-  def build():
-    model = dit.CausalDiT(config, dtype=dtype, rngs=nnx.Rngs(key(0)))
-    # A fresh head is zero, and matrix units run faster on zeros than on data.
-    head = model.head.linear.weight
-    head.set_value(0.02 * jax.random.normal(key(1), head.shape, dtype))
-    return model
-
   def build_vae():
-    network = vae.VideoVAE(video_vae, dtype=dtype, rngs=nnx.Rngs(key(2)))
+    network = random_vae(video_vae, dtype)
     network.encoder = network.conv1 = None
     return network
 
   if precision:
     model = networks.random_like(abstract_model(config, dtype, precision))
   else:
-    model = jax.jit(build)()
+    model = jax.jit(random_dit, static_argnums=(0, 1))(config, dtype)
   return model, jax.jit(build_vae)()
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from longlive_jax.checkpoint import file_sizes
 from longlive_jax.models import dit, umt5, vae
 
 PathLike = str | os.PathLike
+Record = Mapping[str, Any] | None  # anything JSON can hold
 
 # kind -> (module, its configuration, the table of sizes)
 NETWORKS: dict[str, tuple[type, type, Mapping[str, Any]]] = {
@@ -73,25 +74,32 @@ def abstract_network(kind: str, config: Any, dtype: jnp.dtype = jnp.float32) -> 
 
 # ---------------------------------------------------------------------- trees
 def save(
-  path: PathLike,
-  tree: Any,
-  metadata: Mapping[str, Any] | None = None,
-  *,
-  overwrite: bool = False,
+  path: PathLike, tree: Any, metadata: Record = None, *, overwrite: bool = False
 ) -> None:
-  """Writes a pytree of arrays (networks, training states, stream states).
+  """Writes a pytree of arrays; see `start_save`."""
+  start_save(path, tree, metadata, overwrite=overwrite)()
+
+
+def start_save(
+  path: PathLike, tree: Any, metadata: Record = None, *, overwrite: bool = False
+) -> Callable[[], None]:
+  """Copies a pytree of arrays, and writes it in the background.
 
   Args:
     path: folder to make.
     tree: leaves are jax or numpy arrays of any dtype and sharding, typed PRNG keys, or
       Python numbers.
-    metadata: anything JSON can hold; read again by `load_metadata`.
+    metadata: read again by `load_metadata`.
     overwrite: replaces an existing checkpoint, once the new one is whole.
+
+  Returns:
+    finish(): waits until the checkpoint is whole. It raises OSError if that cannot be
+    written; what was there before still is.
 
   Raises:
     FileExistsError: something is at `path` and overwrite is False.
 
-  In a run of several processes all have to call it, and see one file system.
+  In a run of several processes all have to call both, and see one file system.
   """
   target = Path(path).absolute()
   if target.exists() and not overwrite:
@@ -102,18 +110,27 @@ def save(
   if not leaves:
     raise ValueError(f"path={target}: the tree has no arrays to save")
   new = target.with_name(f".{target.name}.new") if target.exists() else target
-  ocp.save(new, leaves, custom_metadata=_checked_json(metadata), overwrite=True)
-  if jax.process_index() == 0:
-    file_sizes.write(new)
-    if new != target:
-      _replace(target, new)
-  multihost_utils.sync_global_devices(f"saved {target}")
+  record = _checked_json(metadata)
+  response = ocp.save_async(new, leaves, custom_metadata=record, overwrite=True)
+
+  def finish() -> None:
+    try:
+      response.result()
+    except Exception as error:  # a full disk comes as a ValueError
+      for part in target.parent.glob(f"{new.name}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+      raise OSError(f"cannot save checkpoint {target}: {_brief(error)}") from error
+    if jax.process_index() == 0:
+      file_sizes.write(new)
+      if new != target:
+        _replace(target, new)
+    multihost_utils.sync_global_devices(f"saved {target}")
+
+  return finish
 
 
 def save_stream(
-  path: PathLike,
-  leaves: Iterable[tuple[str, np.ndarray]],
-  metadata: Mapping[str, Any] | None = None,
+  path: PathLike, leaves: Iterable[tuple[str, np.ndarray]], metadata: Record = None
 ) -> None:
   """Writes arrays as they come, so that memory holds only a few of them at a time.
 

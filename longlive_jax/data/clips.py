@@ -2,19 +2,18 @@
 
 The folder (SPEC 4, one caption folder a video; what `toy_world.py` writes):
 
-  DIR/videos/<name>.mp4
+  DIR/videos/<name>.mp4                    or a folder <name>/ with 0.mp4, 1.mp4, ...
   DIR/caption/<name>/0.json, 1.json, ...   {"caption": text}, one file a shot
   DIR/caption/<name>/shot_durations.txt    chunks of every shot (may be missing)
 
-A video of 1 + 4 (f - 1) frames has f latent frames; with 8 to a chunk the first
-chunk has 29 frames and the others 32. Frames beyond the last whole chunk are cut.
+or, as tools/encode_latents.py makes it of such a folder, DIR/latents/<name>.npz.
 
-  source = clip_source(DIR)                  # a sequence of Clip
-  clip = load_clip(source[0])                # dict: name, frames, prompts, cuts
-  clips = load_clips(source, threads=16)     # all in memory, in order, skips bad ones
-  batches = clip_batches(source, 8, seed=0, chunks=12)     # for the DiT
-  batches = window_batches(source, 16, seed=0, frames=17)  # for the VAE
-  state = batches.get_state(); batches.set_state(state)    # resumes exactly
+  source = clip_source(DIR)                      # a sequence of Clip
+  clip = load_clip(source[0], Chunking())        # dict, see data/clip.py
+  clips = load_clips(source, chunking)           # all, in order, skips bad ones
+  batches = clip_batches(source, 8, Chunking(chunks=12), seed=0)  # for the DiT
+  batches = window_batches(source, 16, seed=0, frames=17)         # for the VAE
+  state = batches.get_state(); batches.set_state(state)           # resumes exactly
 
 Batches hold the same samples in the same order however many processes share them. A
 file that cannot be read is reported by name, counted in `source.skipped`, and the
@@ -24,43 +23,17 @@ next clip of the folder takes its place.
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
+from longlive_jax.data.clip import LATENTS_SUFFIX, Chunking, Clip, load_clip
 from longlive_jax.data.video import read_video
-from longlive_jax.generate.storyboard import (
-  SCENE_CUT_PREFIX,
-  read_captions,
-  read_durations,
-  spread_shots,
-)
 
 _log = logging.getLogger(__name__)
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-
-
-@dataclass(frozen=True)
-class Clip:
-  """Where one clip lies; nothing is read yet.
-
-  Attributes:
-    name: stem of the video file.
-    video: the file.
-    captions: folder with one JSON file a shot.
-    height, width, fps: what frames are resized, cropped and resampled to; None
-      keeps what the file has.
-  """
-
-  name: str
-  video: Path
-  captions: Path
-  height: int | None = None
-  width: int | None = None
-  fps: float | None = None
 
 
 class ClipSource(Sequence):
@@ -80,11 +53,11 @@ class ClipSource(Sequence):
   def __getitem__(self, index):
     return self._clips[index]
 
-  def skip(self, clip: Clip, error: Exception) -> None:
+  def skip(self, name: str, error: Exception) -> None:
     """Reports a clip that cannot be used; once, however often it comes up."""
-    if clip.name not in self.skipped:
-      self.skipped[clip.name] = str(error)
-      _log.warning("skipped clip %s: %s", clip.name, error)
+    if name not in self.skipped:
+      self.skipped[name] = str(error)
+      _log.warning("skipped clip %s: %s", name, error)
 
 
 def clip_source(
@@ -96,20 +69,37 @@ def clip_source(
 ) -> ClipSource:
   """Lists the clips of a folder, sorted by name.
 
+  What has no caption, and captions that have no video, are reported and skipped.
+
   Raises:
-    ValueError: the folder holds no video with captions.
+    ValueError: the folder holds no video with captions; height without width.
   """
+  if (height is None) != (width is None):
+    raise ValueError(f"height={height} and width={width}: give both or neither")
   folder = Path(folder)
-  videos = sorted(folder.glob("videos/*"), key=lambda path: path.name)
-  clips = [
-    Clip(path.stem, path, folder / "caption" / path.stem, height, width, fps)
-    for path in videos
-    if path.suffix.lower() in VIDEO_SUFFIXES
-  ]
-  source = ClipSource(clip for clip in clips if clip.captions.is_dir())
-  for clip in clips:
-    if not clip.captions.is_dir():
-      source.skip(clip, ValueError(f"no caption folder {str(clip.captions)!r}"))
+  latents = sorted(folder.glob(f"latents/*{LATENTS_SUFFIX}"))
+  if latents:
+    return ClipSource(Clip(path.stem, (path,), folder) for path in latents)
+  clips, failed = {}, {}
+  for path in sorted(folder.glob("videos/*"), key=lambda path: path.name):
+    files = _videos(path)
+    name = path.name if path.is_dir() else path.stem
+    captions = folder / "caption" / name
+    if not files:
+      continue
+    clips[name] = Clip(name, files, captions, height, width, fps)
+    if not captions.is_dir():
+      failed[name] = f"no caption folder {str(captions)!r}"
+    elif path.is_dir():
+      wanted = (captions / f"{file.stem}.json" for file in files)
+      if missing := [str(file) for file in wanted if not file.is_file()]:
+        failed[name] = f"no caption {missing[0]!r}"
+  for captions in sorted(folder.glob("caption/*/")):
+    if captions.name not in clips:
+      failed[captions.name] = f"captions {str(captions)!r} have no video"
+  source = ClipSource(clip for name, clip in clips.items() if name not in failed)
+  for name, cause in failed.items():
+    source.skip(name, ValueError(cause))
   if not source:
     raise ValueError(
       f"data={str(folder)!r} holds no clip; it needs videos/<name>.mp4 and "
@@ -118,63 +108,29 @@ def clip_source(
   return source
 
 
-def load_clip(
-  clip: Clip, *, chunks: int | None = None, frames_per_chunk: int = 8
-) -> dict[str, Any]:
-  """Reads a clip and its prompts.
-
-  Args:
-    clip: an entry of `clip_source`.
-    chunks: how many chunks from the start of the clip; None takes all whole ones.
-    frames_per_chunk: latent frames of a chunk.
-
-  Returns:
-    name: str.
-    frames: uint8 (1 + 4 (chunks * frames_per_chunk - 1), h, w, 3).
-    prompts: list of `chunks` strings, the first chunk of every later shot with the
-      scene-cut prefix.
-    cuts: bool (chunks,), the chunk starts a new shot; never chunk 0.
-
-  Raises:
-    ValueError, FileNotFoundError: unreadable or too short; names the file.
-  """
-  per_chunk = 4 * frames_per_chunk
-  video, _ = _read(clip, None if chunks is None else per_chunk * chunks - 3)
-  found = (len(video) + 3) // per_chunk
-  wanted = max(1, found if chunks is None else chunks)
-  if found < wanted:
-    raise ValueError(
-      f"video {str(clip.video)!r} has {len(video)} frames; {wanted} chunks need "
-      f"{per_chunk * wanted - 3}"
-    )
-  durations = read_durations(clip.captions / "shot_durations.txt")
-  prompts = spread_shots(read_captions(clip.captions), found, durations=durations)
-  cuts = [i > 0 and p.startswith(SCENE_CUT_PREFIX) for i, p in enumerate(prompts)]
-  return {
-    "name": clip.name,
-    "frames": video[: per_chunk * wanted - 3],
-    "prompts": prompts[:wanted],
-    "cuts": np.array(cuts[:wanted]),
-  }
+def _videos(path: Path) -> tuple[Path, ...]:
+  """A video file, or those of a folder in the order of their numbers."""
+  if not path.is_dir():
+    return (path,) if path.suffix.lower() in VIDEO_SUFFIXES else ()
+  files = [file for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES]
+  files.sort(key=lambda f: (int(f.stem) if f.stem.isdecimal() else -1, f.stem))
+  return tuple(files)
 
 
 def load_window(clip: Clip, rng: np.random.Generator, *, frames: int) -> np.ndarray:
   """Consecutive frames from a random place of a clip, uint8 (frames, h, w, 3)."""
-  video, _ = _read(clip, None)
+  size = {"height": clip.height, "width": clip.width, "fps": clip.fps}
+  video, _ = read_video(clip.files[0], **size)
   if len(video) < frames:
     raise ValueError(
-      f"video {str(clip.video)!r} has {len(video)} frames; {frames} are needed"
+      f"video {str(clip.files[0])!r} has {len(video)} frames; {frames} are needed"
     )
   start = int(rng.integers(len(video) - frames + 1))
   return video[start : start + frames]
 
 
 def load_clips(
-  source: ClipSource,
-  *,
-  chunks: int | None = None,
-  frames_per_chunk: int = 8,
-  threads: int = 8,
+  source: ClipSource, chunking: Chunking, *, threads: int = 8
 ) -> list[dict[str, Any]]:
   """Loads every readable clip, in the order of `source`, several at a time.
 
@@ -184,9 +140,9 @@ def load_clips(
 
   def load(clip: Clip) -> dict[str, Any] | None:
     try:
-      return load_clip(clip, chunks=chunks, frames_per_chunk=frames_per_chunk)
+      return load_clip(clip, chunking)
     except (ValueError, OSError) as error:
-      source.skip(clip, error)
+      source.skip(clip.name, error)
       return None
 
   with ThreadPoolExecutor(threads) as pool:  # decoding happens in ffmpeg processes
@@ -196,25 +152,24 @@ def load_clips(
 def clip_batches(
   source: ClipSource,
   batch_size: int,
+  chunking: Chunking,
   *,
   seed: int,
-  chunks: int,
-  frames_per_chunk: int = 8,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   threads: int = 8,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches of clips; each epoch has its own order.
 
-  Each batch: name list[str], frames uint8 (b, t, h, w, 3), prompts list of b lists
-  of `chunks` strings, cuts bool (b, chunks); b = batch_size / process_count.
+  Args:
+    rows: the samples of every batch that are read here; None: all.
+
+  Each batch: what `load_clip` gives, of b rows, as lists or stacked.
   """
 
   def load(clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
-    return load_clip(clip, chunks=chunks, frames_per_chunk=frames_per_chunk)
+    return load_clip(clip, chunking)
 
-  share = _share(batch_size, process_count)
-  return _batches(source, load, share, seed, process_index, process_count, threads)
+  return _batches(source, load, batch_size, rows, seed, threads)
 
 
 def window_batches(
@@ -223,29 +178,30 @@ def window_batches(
   *,
   seed: int,
   frames: int = 17,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   threads: int = 8,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches {"frames": uint8 (b, frames, h, w, 3)} from random
-  places of the clips; b = batch_size / process_count."""
+  places of the clips; b rows, see `clip_batches`."""
 
   def load(clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
     return {"frames": load_window(clip, rng, frames=frames)}
 
-  share = _share(batch_size, process_count)
-  return _batches(source, load, share, seed, process_index, process_count, threads)
+  return _batches(source, load, batch_size, rows, seed, threads)
 
 
 def _batches(
   source: ClipSource,
   load: Callable[[Clip, np.random.Generator], dict[str, Any]],
-  share: int,
+  batch_size: int,
+  rows: Sequence[int] | None,
   seed: int,
-  process_index: int,
-  process_count: int,
   threads: int,
 ) -> grain.DatasetIterator:
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1")
+  rows = range(batch_size) if rows is None else rows
+
   def load_or_next(index: int, rng: np.random.Generator) -> dict[str, Any]:
     # The next clip takes the place of a bad one, so that every process still counts
     # the same samples.
@@ -255,35 +211,41 @@ def _batches(
         try:
           return load(clip, rng)
         except (ValueError, OSError) as error:
-          source.skip(clip, error)
+          source.skip(clip.name, error)
     raise ValueError(f"none of {len(source)} clips can be used: {source.skipped}")
 
   samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-  # Random numbers belong to the global sample, so they are drawn before sharding.
-  samples = samples.random_map(load_or_next)[process_index::process_count]
-  batches = samples.batch(share, drop_remainder=True, batch_fn=_collate)
+  samples = samples.random_map(load_or_next)
+
+  def own(number: int) -> dict[str, Any]:
+    # By its place among all samples, which its random numbers come from, too.
+    batch, row = divmod(number, len(rows))
+    return samples[batch * batch_size + rows[row]]
+
+  numbers = grain.MapDataset.range(len(samples) // batch_size * len(rows))
+  batches = numbers.map(own).batch(len(rows), drop_remainder=True, batch_fn=_collate)
   # At most two batches a thread wait in memory: clips are large.
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   return iter(batches.to_iter_dataset(options))
 
 
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  stacked = {}
-  for key, value in samples[0].items():
-    column = [sample[key] for sample in samples]
-    stacked[key] = np.stack(column) if isinstance(value, np.ndarray) else column
-  return stacked
+  return {key: stack(samples, key) for key in samples[0]}
 
 
-def _share(batch_size: int, process_count: int) -> int:
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size={batch_size} must be a positive multiple of "
-      f"process_count={process_count}"
-    )
-  return batch_size // process_count
+def stack(samples: Sequence[dict[str, Any]], key: str) -> Any:
+  """One entry of several clips: arrays stacked, else a list.
 
-
-def _read(clip: Clip, frames: int | None) -> tuple[np.ndarray, float]:
-  size = {"height": clip.height, "width": clip.width, "fps": clip.fps}
-  return read_video(clip.video, frames=frames, **size)
+  Raises:
+    ValueError: arrays of different shapes; names the clips.
+  """
+  column = [sample[key] for sample in samples]
+  if not isinstance(column[0], np.ndarray):
+    return column
+  for sample, value in zip(samples, column, strict=True):
+    if value.shape != column[0].shape:
+      raise ValueError(
+        f"clips {samples[0].get('name')!r} and {sample.get('name')!r} have {key} of "
+        f"shapes {column[0].shape} and {value.shape}; give height and width for all"
+      )
+  return np.stack(column)

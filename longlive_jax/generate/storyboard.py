@@ -365,15 +365,17 @@ def read_captions(folder: Path, field: str = "caption") -> list[str]:
   files = [f for f in folder.glob("*.json") if f.name != "global.json"]
   words = sorted((f for f in files if not f.stem.isdecimal()), key=lambda f: f.stem)
   numbers = sorted((f for f in files if f.stem.isdecimal()), key=lambda f: int(f.stem))
-  captions = []
-  for file in words + numbers:
-    try:
-      content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-      content = None
-    caption = content.get(field, "") if isinstance(content, dict) else ""
-    captions.append(caption if isinstance(caption, str) else "")
-  return captions or [""]
+  return [read_caption(file, field) for file in words + numbers] or [""]
+
+
+def read_caption(file: Path, field: str = "caption") -> str:
+  """The caption of one shot; empty if it cannot be read."""
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    content = None
+  caption = content.get(field, "") if isinstance(content, dict) else ""
+  return caption if isinstance(caption, str) else ""
 
 
 def read_durations(file: Path) -> list[int] | None:

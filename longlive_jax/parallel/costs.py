@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.models.dit import WanConfig
 from longlive_jax.models.vae import VAEConfig
 
@@ -233,6 +234,38 @@ def forward_bytes(config: WanConfig, work: Work) -> float:
   kept = 2 * c.layers * tokens * c.dim * work.cache_itemsize
   window = 2 * work.rows * work.window_frames * work.tokens * c.dim // work.split
   return texts + kept + size * (2 * window + tokens * (2 * c.ffn_dim + 16 * c.dim))
+
+
+# ------------------------------------------------------------------ training
+def clip_flops(
+  config: WanConfig, layout: ClipLayout, frames: int, prompts: int
+) -> dict[str, int]:
+  """Operations of a forward pass over a clip, by what limits their precision.
+
+  The backward pass has twice as many. What rematerialisation does again is left out.
+
+  Args:
+    layout: of the clip's tokens; teacher-forced they are there twice.
+    frames: latent frames of the clip.
+    prompts: of the clip.
+
+  Returns:
+    products: of the blocks' linear layers with tokens; attention: among tokens;
+    rest: attention to prompts, what prompts and times go through, both ends.
+  """
+  c, tokens = config, layout.length
+  texts, times = layout.halves * prompts * c.text_len, layout.halves * frames
+  patch = c.patch**2
+  to_text = c.layers * (4 * tokens * c.text_len * c.dim + 4 * texts * c.dim**2)
+  embedded = texts * (c.text_dim * c.dim + c.dim**2)
+  embedded += times * (c.freq_dim * c.dim + 7 * c.dim**2)
+  ends = tokens * c.dim * patch * (c.in_channels + c.out_channels)
+  block = 6 * c.dim**2 + 2 * c.dim * c.ffn_dim
+  return {
+    "products": 2 * c.layers * tokens * block,
+    "attention": 4 * c.layers * layout.pairs() * c.dim,
+    "rest": to_text + 2 * (embedded + ends),
+  }
 
 
 # ------------------------------------------------------------------ video VAE

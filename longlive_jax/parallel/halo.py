@@ -7,8 +7,10 @@ latents away has the latents of the whole clip, and no device ever holds all of 
 reference takes 28 without saying why; it is exact, and 27 is not.)
 
   spans = make_spans(video_vae, latents=96, devices=4, frames_per_call=8)
-  frames = spread_frames(read, spans, mesh, batch=1, height=704, width=1280)
+  frames = spread_frames(read, spans, mesh, batch=2, height=704, width=1280)
   latents = encode_spans(video_vae, frames, spans, mesh)
+
+The mesh is that of `mesh.training_mesh`: the devices along DATA have other samples.
 """
 
 import dataclasses
@@ -19,15 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models import vae
 from longlive_jax.models.pixels import to_unit
+from longlive_jax.parallel import mesh as meshes
+from longlive_jax.parallel.mesh import CLIPS, SEQUENCE
 
 Array = jax.Array
-# read(start, stop) -> uint8 (b, stop - start, h, w, 3), these frames of the clips
-Read = Callable[[int, int], np.ndarray]
+# read(rows, start, stop) -> uint8 (rows, stop - start, h, w, 3), these frames of these
+# samples of the batch
+Read = Callable[[range, int, int], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Spans:
     devices: that share it.
     length: of a span, a multiple of frames_per_call. The last spans may reach beyond
       the clip, or lie beyond it.
-    halo: latent frames encoded in front of a span, a multiple of frames_per_call.
+    halo: latent frames encoded in front of a span, a multiple of frames_per_call; 0
+      for a device that has the whole clip.
     frames_per_call: encoded at a time.
     factor: video frames a latent frame.
   """
@@ -123,7 +129,7 @@ def make_spans(
     latents=latents,
     devices=devices,
     length=whole(-(-latents // devices)),
-    halo=whole(halo_latents(model)),
+    halo=whole(halo_latents(model)) if devices > 1 else 0,
     frames_per_call=frames_per_call,
     factor=model.config.temporal_factor,
   )
@@ -161,74 +167,74 @@ def encode_span(
 
 
 def spread_frames(
-  read: Read,
-  spans: Spans,
-  mesh: Mesh,
-  *,
-  batch: int,
-  height: int,
-  width: int,
-  axis: str = "seq",
+  read: Read, spans: Spans, mesh: Mesh | None, *, batch: int, height: int, width: int
 ) -> Array:
-  """Puts every device's frames on it; a process reads those of its own devices only.
+  """Puts every device's frames on it; a process reads for its own devices only.
+
+  Args:
+    mesh: None is one device.
 
   Returns:
-    uint8 (batch, devices * padded_frames, height, width, 3), sharded in time.
+    uint8 (batch, devices * padded_frames, height, width, 3), sharded as CLIPS.
 
   Raises:
     ValueError: spans for another number of devices; a size that the VAE cannot take is
       found by `encode_spans`.
   """
-  _check(spans, mesh, axis)
+  _check(spans, mesh)
   count = spans.padded_frames
   shape = (batch, spans.devices * count, height, width, 3)
 
   def part(index: tuple[slice, ...]) -> np.ndarray:
     device = (index[1].start or 0) // count
-    return spans.pad(read(*spans.video_frames(device)), device)
+    frames = read(range(batch)[index[0]], *spans.video_frames(device))
+    return spans.pad(frames, device)
 
-  sharding = NamedSharding(mesh, P(None, axis))
-  return jax.make_array_from_callback(shape, sharding, part)
+  if mesh is None:
+    return jnp.asarray(part((slice(None),) * 2))
+  return jax.make_array_from_callback(shape, meshes.sharding(mesh, CLIPS), part)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), static_argnames="axis")
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def encode_spans(
-  model: vae.VideoVAE, frames: Array, spans: Spans, mesh: Mesh, *, axis: str = "seq"
+  model: vae.VideoVAE, frames: Array, spans: Spans, mesh: Mesh | None
 ) -> Array:
-  """Encodes a clip, every device its own span.
+  """Encodes clips, every device its own spans.
 
   Args:
     model: on every device of the mesh.
     frames: from `spread_frames`.
 
   Returns:
-    float32 (b, devices * length, y, x, z), normalised, sharded in time over `axis`;
-    those from spans.latents on lie beyond the clip.
+    float32 (b, devices * length, y, x, z), normalised, sharded as CLIPS; those from
+    spans.latents on lie beyond the clip.
 
   Raises:
     ValueError: spans for another number of devices, or a height or width that is no
       multiple of the VAE's.
   """
-  _check(spans, mesh, axis)
+  _check(spans, mesh)
   scale = model.config.spatial_factor
   for name, value in zip(("height", "width"), frames.shape[2:4], strict=True):
     if value % scale:
       raise ValueError(f"{name}={value} must be a multiple of {scale}")
+  if mesh is None:
+    return encode_span(model, frames, 0, spans)
 
   def one(model, frames):
-    first = lax.axis_index(axis) * spans.length
+    first = lax.axis_index(SEQUENCE) * spans.length
     return encode_span(model, frames, first, spans)
 
-  in_time = P(None, axis)
   # check_vma: the zero state of the scan is the same on all devices, what follows not.
   return jax.shard_map(
-    one, mesh=mesh, in_specs=(P(), in_time), out_specs=in_time, check_vma=False
+    one, mesh=mesh, in_specs=(P(), CLIPS), out_specs=CLIPS, check_vma=False
   )(model, frames)
 
 
-def _check(spans: Spans, mesh: Mesh, axis: str) -> None:
-  if mesh.shape.get(axis) != spans.devices:
+def _check(spans: Spans, mesh: Mesh | None) -> None:
+  found = 1 if mesh is None else mesh.shape[SEQUENCE]
+  if found != spans.devices:
     raise ValueError(
-      f"spans are for devices={spans.devices}, but axis {axis!r} of the mesh has "
-      f"{mesh.shape.get(axis)}"
+      f"spans are for devices={spans.devices}, but the mesh has {found} that share a "
+      "clip"
     )

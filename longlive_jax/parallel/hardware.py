@@ -62,6 +62,9 @@ class Hardware:
     return dataclasses.replace(self, **{n: getattr(self, n) / factor for n in names})
 
 
+# Dense 16-bit operations a second as published: what utilisation is a share of.
+PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12}
+
 # Rates were measured with jax 0.11.2 at the 5B model's shapes: a product with fc1,
 # attention of a chunk to its window, 3x3 convolutions over frames side by side, copies
 # of 270 MB. The shares are of the BF16 run in tools/results/bench_5b_h200_nvfp4.json.
@@ -87,7 +90,7 @@ def _published(
   kind: str, memory: float, dense: float, dense_fp4: float, copy: float, link: float
 ) -> Hardware:
   """A device that was not measured: its peaks, and what an H200 reaches of its own."""
-  share = dense / 989e12
+  share = dense / PEAKS["H200"]
   return dataclasses.replace(
     H200,
     kind=kind,
@@ -95,7 +98,7 @@ def _published(
     memory=memory,
     matrix=share * H200.matrix,
     matrix_fp8=share * H200.matrix_fp8,
-    matrix_fp4=dense_fp4 * H200.matrix / 989e12,
+    matrix_fp4=dense_fp4 * H200.matrix / PEAKS["H200"],
     attention=share * H200.attention,
     attention_fp8=share * H200.attention_fp8,
     convolution=share * H200.convolution,
@@ -106,8 +109,8 @@ def _published(
 
 HARDWARE = {
   "H200": H200,
-  "H100": _published("NVIDIA H100", 80e9, 989e12, 989e12, 3.35e12, 450e9),
-  "B200": _published("NVIDIA B200", 180e9, 2250e12, 9000e12, 8e12, 900e9),
+  "H100": _published("NVIDIA H100", 80e9, PEAKS["H100"], 989e12, 3.35e12, 450e9),
+  "B200": _published("NVIDIA B200", 180e9, PEAKS["B200"], 9000e12, 8e12, 900e9),
   # Two cores, in float32; tools/bench_generate.py measures others.
   "cpu": Hardware(
     kind="cpu", source="assumed", memory=16e9, matrix=6e10, matrix_fp8=6e10,

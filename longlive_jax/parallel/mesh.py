@@ -101,11 +101,16 @@ def training_mesh(data: int = 1, sequence: int = 1) -> Mesh | None:
   )
 
 
-def any_process(flag: bool) -> bool:
-  """Whether the flag is set in any process of the run; all have to ask."""
+def any_process(flag: bool, *, ask: bool = True) -> bool:
+  """Whether the flag is set in any process of the run.
+
+  Args:
+    ask: the same in all processes. Asking waits for what the devices have to do: a loop
+      should not do it in every round. Without it only a process that is alone answers.
+  """
   if jax.process_count() == 1:
     return flag
-  return bool(multihost_utils.process_allgather(np.array(flag)).any())
+  return ask and bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 @contextlib.contextmanager
@@ -199,6 +204,35 @@ def last_axis_specs(tree: Any, mesh: Mesh | None) -> Any:
     return P(*(None,) * (leaf.ndim - 1), (DATA, SEQUENCE))
 
   return jax.tree.map(spec, tree)
+
+
+def own_rows(batch: int, mesh: Mesh | None) -> list[int]:
+  """Samples of a batch that this process's devices work on."""
+  if mesh is None:
+    return list(range(batch))
+  held = sharding(mesh, P(DATA)).addressable_devices_indices_map((batch,))
+  return sorted({row for (at,) in held.values() for row in range(batch)[at]})
+
+
+def spread_rows(tree: Any, batch: int, mesh: Mesh | None, spec: P = CLIPS) -> Any:
+  """Arrays (own rows, f, ...) of each process as global ones (batch, f, ...).
+
+  Args:
+    tree: NumPy arrays with the samples of `own_rows`.
+  """
+  if mesh is None:
+    return tree
+  place_of = {row: place for place, row in enumerate(own_rows(batch, mesh))}
+
+  def put(own: np.ndarray) -> jax.Array:
+    def part(at: tuple[slice, ...]) -> np.ndarray:
+      rows = [place_of[row] for row in range(batch)[at[0]]]
+      return own[rows][:, *at[1:]]
+
+    shape = (batch, *own.shape[1:])
+    return jax.make_array_from_callback(shape, sharding(mesh, spec), part)
+
+  return jax.tree.map(put, tree)
 
 
 def constrain(tree: Any, specs: Any, mesh: Mesh | None) -> Any:

@@ -107,7 +107,8 @@ def draw_view(
   """A random training sequence of `window` chunks: `context_view` of a random chunk.
 
   Args:
-    cuts: (chunks,) whether a chunk starts a new shot; at least `window` chunks.
+    cuts: (chunks,) whether a chunk starts a new shot. A clip shorter than the window
+      is filled up with its last chunk, which does not count again.
     rng: random generator.
     window: chunks that the cache holds.
     plain: probability of the first `window` chunks as they are, all of them counted.
@@ -121,15 +122,14 @@ def draw_view(
   Returns:
     chunks (window,) int32 and counts (window,) float32, see `context_view`.
   """
-  if len(cuts) < window:
-    raise ValueError(f"a clip has {len(cuts)} chunks; window={window} needs as many")
   cuts = [bool(cut) for cut in cuts]  # numpy scalars are slow to test
   kind, current = rng.random(), int(rng.integers(len(cuts)))
   if rng.random() < at_cut:
     first_chunks = [c for c, cut in enumerate(cuts) if c and cut]
     current = int(rng.choice(first_chunks)) if first_chunks else current
   if kind < plain:
-    return np.arange(window, dtype=np.int32), np.ones(window, np.float32)
+    chunks = np.arange(window, dtype=np.int32)
+    return np.minimum(chunks, len(cuts) - 1), np.float32(chunks < len(cuts))
   if kind < plain + no_sink:
     rules = {**rules, "sink": False}
   return context_view(cuts, current, window, window, **rules)

@@ -66,6 +66,18 @@ class FlowSettings:
         f"context_noise_max={self.context_noise_max} must lie in "
         f"[0, {NUM_TRAIN_TIMESTEPS}]; 0 switches it off"
       )
+    if self.conditioning_frames < 0:
+      raise ValueError(
+        f"conditioning_frames={self.conditioning_frames} must be at least 0"
+      )
+
+  def check(self, frames: int) -> None:
+    """Raises ValueError for sequences of so many frames that are all given."""
+    if self.conditioning_frames >= frames:
+      raise ValueError(
+        f"conditioning_frames={self.conditioning_frames} must be fewer than the "
+        f"{frames} frames of a sequence"
+      )
 
 
 @jax.tree_util.register_dataclass
@@ -156,6 +168,9 @@ def flow_inputs(
     mask: (b, f) 1 where a frame counts, or None for all.
     source: (b, f, ...) what is noised instead of `clean`, which stays the target.
     context_error: (b, f, ...) added to the context.
+
+  Raises:
+    ValueError: no frame but given ones.
   """
   grid = training_grid(settings.shift)
   sigmas = jnp.append(grid.sigmas, 0.0)
@@ -175,6 +190,7 @@ def flow_inputs(
   mask = jnp.ones(index.shape, jnp.float32) if mask is None else mask
 
   given = settings.conditioning_frames
+  settings.check(clean.shape[1])
   if given:
     initial = clean[:, :given] if initial is None else initial
     noisy = noisy.at[:, :given].set(initial)
@@ -298,5 +314,6 @@ def _jitter(key: jax.Array, context: jax.Array, settings: FlowSettings) -> jax.A
   chunks = f // settings.frames_per_chunk
   level = jax.random.uniform(key_level, (b, chunks), maxval=settings.context_jitter)
   sigma = jnp.repeat(level, settings.frames_per_chunk, axis=1)  # (b, f)
+  sigma = sigma.at[:, : settings.conditioning_frames].set(0)
   noise = jax.random.normal(key_noise, context.shape, context.dtype)
   return add_noise(context, noise, sigma)

@@ -5,6 +5,7 @@ against 19 MB of pixels. So a frozen VAE needs to run only once, before training
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -16,11 +17,22 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from longlive_jax.data.clips import ClipSource, clip_batches, load_clips
+from longlive_jax.data.clip import Chunking
+from longlive_jax.data.clips import ClipSource, clip_batches, load_clips, stack
 from longlive_jax.models.pixels import to_unit
 from longlive_jax.models.text import Tokenizer
-from longlive_jax.models.vae import VideoVAE, encode
+from longlive_jax.models.vae import (
+  EncoderState,
+  VideoVAE,
+  encode,
+  encode_chunk,
+  init_encoder_state,
+)
+from longlive_jax.parallel import halo
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.train.context import draw_view
 
 _log = logging.getLogger(__name__)
@@ -33,12 +45,16 @@ class LatentClips:
   Attributes:
     latents: (n, f, y, x, c) float32.
     cuts: (n, chunks) bool.
+    valid: (n,) int32, chunks from the start that are the clip's own.
     prompts: n tuples of `chunks` strings.
+    names: n strings.
   """
 
   latents: np.ndarray
   cuts: np.ndarray
+  valid: np.ndarray
   prompts: tuple[tuple[str, ...], ...]
+  names: tuple[str, ...]
 
   def __len__(self) -> int:
     return len(self.latents)
@@ -89,51 +105,53 @@ class ViewSettings:
 def encode_clips(
   source: ClipSource,
   vae: VideoVAE,
+  chunking: Chunking,
   *,
-  chunks: int,
-  frames_per_chunk: int,
   batch: int = 8,
   threads: int = 8,
 ) -> LatentClips:
   """Reads and encodes every readable clip of a folder.
 
   Args:
-    source: the folder.
+    source: the folder; of latents they are only read.
     vae: the frozen VAE, in the dtype it should compute in.
-    chunks: chunks taken from the start of each clip; shorter clips are skipped.
-    frames_per_chunk: latent frames of a chunk.
+    chunking: what is taken of each clip; shorter ones are skipped.
     batch: clips encoded in one call.
     threads: clips read at a time.
 
   Raises:
-    ValueError: no clip of the folder could be used.
+    ValueError: no clip of the folder could be used, or they differ in size.
   """
-  run = _encoder(frames_per_chunk)
-  pieces, cuts, prompts = [], [], []
+  run = _encoder(chunking.frames_per_chunk)
+  pieces, found = [], []
   for start in range(0, len(source), batch):
     part = ClipSource(source[start : start + batch])
-    clips = load_clips(
-      part, chunks=chunks, frames_per_chunk=frames_per_chunk, threads=threads
-    )
+    clips = load_clips(part, chunking, threads=threads)
+    source.skipped.update(part.skipped)
     if not clips:
       continue
-    frames = np.stack([clip["frames"] for clip in clips])
-    # The last batch is filled up: one shape, one program.
-    short = batch - len(frames)
-    frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
-    # Not fetched yet: the device encodes while the next clips are read.
-    pieces.append(run(vae, frames)[: len(clips)])
-    cuts += [clip["cuts"] for clip in clips]
-    prompts += [tuple(clip["prompts"]) for clip in clips]
+    if "latents" in clips[0]:
+      pieces.append(stack(clips, "latents"))
+      _check_channels(pieces[-1], vae)
+    else:
+      frames = stack(clips, "frames")
+      # The last batch is filled up: one shape, one program.
+      short = batch - len(frames)
+      frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+      # Not fetched yet: the device encodes while the next clips are read.
+      pieces.append(run(vae, frames)[: len(clips)])
+    for clip in clips:
+      found.append((clip["cuts"], clip["valid"], tuple(clip["prompts"]), clip["name"]))
     if (start // batch) % 50 == 0:
-      _log.info("encoded %d of %d clips", len(prompts), len(source))
-  if not prompts:
+      _log.info("encoded %d of %d clips", len(found), len(source))
+  if not found:
     raise ValueError(
-      f"none of {len(source)} clips has {chunks} chunks of {frames_per_chunk} latent "
-      "frames; use a smaller chunks"
+      f"none of {len(source)} clips has {chunking.chunks} chunks of "
+      f"{chunking.frames_per_chunk} latent frames; use a smaller chunks"
     )
   latents = np.concatenate([np.asarray(piece, np.float32) for piece in pieces])
-  return LatentClips(latents=latents, cuts=np.stack(cuts), prompts=tuple(prompts))
+  cuts, valid, prompts, names = zip(*found, strict=True)
+  return LatentClips(latents, np.stack(cuts), np.stack(valid), prompts, names)
 
 
 def cached_clips(
@@ -156,8 +174,9 @@ def cached_clips(
     about = json.loads(record.read_text())
     if about["identity"] == identity:
       prompts = tuple(tuple(row) for row in about["prompts"])
-      cuts = np.array(about["cuts"], bool)
-      return LatentClips(np.load(folder / "latents.npy"), cuts, prompts)
+      cuts, valid = np.array(about["cuts"], bool), np.array(about["valid"], np.int32)
+      names = tuple(about["names"])
+      return LatentClips(np.load(folder / "latents.npy"), cuts, valid, prompts, names)
   except (OSError, ValueError, KeyError, TypeError):  # absent or half written
     pass
   clips = encode()
@@ -167,10 +186,46 @@ def cached_clips(
   about = {
     "identity": identity,
     "cuts": clips.cuts.tolist(),
+    "valid": clips.valid.tolist(),
     "prompts": clips.prompts,
+    "names": clips.names,
   }
   record.write_text(json.dumps(about))
   return clips
+
+
+def _check_channels(latents: np.ndarray, vae: VideoVAE) -> None:
+  if latents.shape[-1] != vae.config.z_dim:
+    raise ValueError(
+      f"the folder's latents have {latents.shape[-1]} channels, those of the VAE "
+      f"{vae.config.z_dim}; encode them again with this VAE (tools/encode_latents.py)"
+    )
+
+
+@jax.jit
+def _next_latents(vae: VideoVAE, state: EncoderState, frames: jax.Array):
+  return encode_chunk(vae, state, to_unit(frames))
+
+
+def encode_video(
+  vae: VideoVAE, frames: np.ndarray, frames_per_call: int
+) -> np.ndarray:
+  """One clip, uint8 (t, h, w, 3), to latents (f, y, x, c) float32.
+
+  A program that is compiled once serves clips of all lengths.
+
+  Args:
+    frames: 4 f - 3 of them, f a multiple of frames_per_call.
+  """
+  scale, each = vae.config.spatial_factor, vae.config.temporal_factor * frames_per_call
+  _, height, width, _ = frames.shape
+  state = init_encoder_state(vae, 1, height // scale, width // scale)
+  padded = np.pad(frames, ((-len(frames) % each, 0), (0, 0), (0, 0), (0, 0)))
+  pieces = []
+  for piece in np.split(padded, len(padded) // each):
+    latents, state = _next_latents(vae, state, piece[None])
+    pieces.append(latents[0])
+  return np.concatenate(jax.device_get(pieces))
 
 
 def encode_frames(vae: VideoVAE, frames: jax.Array, frames_per_call: int) -> jax.Array:
@@ -208,6 +263,9 @@ class EncodedBatches:
     latents (b, w * frames_per_chunk, y, x, c) float32
     mask (b, w * frames_per_chunk) float32, 1 where the loss counts
     ids, text_mask (b, w, k) int32, the tokens of each chunk's prompt
+
+  Attributes:
+    clips: names of the clips of the last batch.
   """
 
   def __init__(
@@ -232,7 +290,7 @@ class EncodedBatches:
       return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def draw_sequence(number: int, rng: np.random.Generator) -> dict[str, Any]:
-      chunks, counts = views.draw(clips.cuts[number], rng)
+      chunks, counts = views.draw(clips.cuts[number][: clips.valid[number]], rng)
       dropped = rng.random() < views.caption_dropout
       return {
         "clip": np.int32(number),
@@ -243,7 +301,8 @@ class EncodedBatches:
 
     batches = grain.MapDataset.range(sys.maxsize).seed(seed).random_map(draw_batch)
     self._batches = iter(batches.to_iter_dataset(grain.ReadOptions(8, 32)))
-    self._latents = jax.device_put(clips.latents)
+    self._latents, self._names = jax.device_put(clips.latents), clips.names
+    self.clips: list[str] = []
 
   def get_state(self) -> dict[str, Any]:
     return self._batches.get_state()
@@ -254,6 +313,7 @@ class EncodedBatches:
   def __next__(self) -> dict[str, Any]:
     batch = dict(next(self._batches))
     clip, frames = batch.pop("clip"), batch.pop("frames")
+    self.clips = [self._names[number] for number in clip]
     return {"latents": _take_frames(self._latents, clip, frames), **batch}
 
 
@@ -265,7 +325,13 @@ def _take_frames(latents: jax.Array, clip: jax.Array, frames: jax.Array) -> jax.
 class StreamedBatches:
   """Such batches with clips read and encoded as they come: for sets beyond memory.
 
-  Clips come in epochs, every one once in each.
+  Clips come in epochs, every one once in each. On a mesh every process reads the clips
+  of its own devices' samples, and every device encodes its span of them
+  (parallel/halo.py). A process does not stop at the end of its spans: whether a file is
+  whole must look the same to all that share it.
+
+  Attributes:
+    clips: names of the clips that this process has of the last batch.
   """
 
   def __init__(
@@ -275,23 +341,26 @@ class StreamedBatches:
     tokenizer: Tokenizer,
     batch_size: int,
     views: ViewSettings,
+    chunking: Chunking,
     *,
-    chunks: int,
-    frames_per_chunk: int,
     seed: int,
     threads: int = 8,
+    mesh: Mesh | None = None,
   ):
+    self._rows = meshes.own_rows(batch_size, mesh)
     self._clips = clip_batches(
-      source,
-      batch_size,
-      seed=seed,
-      chunks=chunks,
-      frames_per_chunk=frames_per_chunk,
-      threads=threads,
+      source, batch_size, chunking, seed=seed, rows=self._rows, threads=threads
     )
-    self._vae, self._tokenizer, self._views = vae, tokenizer, views
-    self._encode = _encoder(frames_per_chunk)
-    self._frames_per_chunk, self._seed, self._count = frames_per_chunk, seed, 0
+    self._spans = halo.make_spans(
+      vae,
+      latents=chunking.chunks * chunking.frames_per_chunk,
+      devices=1 if mesh is None else mesh.shape[meshes.SEQUENCE],
+      frames_per_call=chunking.frames_per_chunk,
+    )
+    self._vae, self._mesh = meshes.replicate(vae, mesh), mesh
+    self._tokenizer, self._views, self._batch_size = tokenizer, views, batch_size
+    self._frames_per_chunk, self._seed = chunking.frames_per_chunk, seed
+    self._count, self.clips = 0, []
 
   def get_state(self) -> dict[str, Any]:
     return {"clips": self._clips.get_state(), "count": self._count}
@@ -301,25 +370,61 @@ class StreamedBatches:
     self._count = state["count"]
 
   def __next__(self) -> dict[str, Any]:
-    batch = next(self._clips)
-    # A generator of its own for each batch: nothing to save but the count.
-    rng = np.random.default_rng((self._seed, self._count))
+    clips = next(self._clips)
+    columns = [
+      self._draw(row, cuts[:valid], prompts)
+      for row, cuts, valid, prompts in zip(
+        self._rows, clips["cuts"], clips["valid"], clips["prompts"], strict=True
+      )
+    ]
     self._count += 1
-    n, rows = self._frames_per_chunk, []
-    frames, masks = [], []
-    for cuts, clip_prompts in zip(batch["cuts"], batch["prompts"], strict=True):
-      chunks, counts = self._views.draw(cuts, rng)
-      dropped = rng.random() < self._views.caption_dropout
-      shown = ["" if dropped else clip_prompts[c] for c in chunks]
-      rows.append(self._tokenizer(shown))
-      frames.append((chunks[:, None] * n + np.arange(n)).ravel())
-      masks.append(np.repeat(counts, n))
-    latents = self._encode(self._vae, batch["frames"])
-    index = np.stack(frames)[:, :, None, None, None]
-    ids, text_mask = (np.stack(column) for column in zip(*rows, strict=True))
+    stacked = {key: stack(columns, key) for key in columns[0]}
+    batch = meshes.spread_rows(stacked, self._batch_size, self._mesh)
+    if "latents" in clips:
+      _check_channels(clips["latents"], self._vae)
+      # Whole on each device of a sample: their frames need not divide.
+      latents = meshes.spread_rows(
+        clips["latents"], self._batch_size, self._mesh, P(meshes.DATA)
+      )
+    else:
+      latents = self._encode(clips["frames"])
+    self.clips = clips["name"]
+    return {"latents": _take(latents, batch.pop("frames"), self._mesh), **batch}
+
+  def _encode(self, video: np.ndarray) -> jax.Array:
+    """Latents of this process's clips, uint8 (rows, t, h, w, 3), and of all others."""
+    place_of = {row: i for i, row in enumerate(self._rows)}
+    frames = halo.spread_frames(
+      lambda rows, start, stop: video[[place_of[row] for row in rows], start:stop],
+      self._spans,
+      self._mesh,
+      batch=self._batch_size,
+      height=video.shape[2],
+      width=video.shape[3],
+    )
+    return halo.encode_spans(self._vae, frames, self._spans, self._mesh)
+
+  def _draw(
+    self, row: int, cuts: np.ndarray, prompts: Sequence[str]
+  ) -> dict[str, np.ndarray]:
+    """Which frames a sample is made of, which count, and the tokens of its chunks."""
+    # A generator of its own for each sample: nothing to save but the count, and no
+    # matter which process draws.
+    rng = np.random.default_rng((self._seed, self._count, row))
+    chunks, counts = self._views.draw(cuts, rng)
+    dropped = rng.random() < self._views.caption_dropout
+    ids, text_mask = self._tokenizer(["" if dropped else prompts[c] for c in chunks])
+    n = self._frames_per_chunk
     return {
-      "latents": jnp.take_along_axis(latents, index, axis=1),
-      "mask": np.stack(masks),
+      "frames": (chunks[:, None] * n + np.arange(n, dtype=np.int32)).ravel(),
+      "mask": np.repeat(counts, n),
       "ids": ids,
       "text_mask": text_mask,
     }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(latents: jax.Array, frames: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Latents (b, f, ...) of these frames (b, g)."""
+  taken = jnp.take_along_axis(latents, frames[:, :, None, None, None], axis=1)
+  return meshes.constrain(taken, meshes.CLIPS, mesh)

@@ -1,8 +1,10 @@
-"""What any training script needs around its step: metrics and checkpoints."""
+"""What any training script needs around its step: metrics, checkpoints, the loop."""
 
 import json
+import logging
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ import jax
 import numpy as np
 
 from longlive_jax.checkpoint import store
+from longlive_jax.parallel import mesh as meshes
+from longlive_jax.stopping import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -22,7 +28,7 @@ class MetricsLog:
   def __init__(self, path: Path, step: int):
     self.path = path
     self._writes = jax.process_index() == 0
-    self._pending: list[dict[str, jax.Array]] = []
+    self._pending: list[tuple[int, dict[str, jax.Array], Sequence[str]]] = []
     self._since = (time.perf_counter(), step)
     if self._writes and path.exists():
       # A run that was killed may have logged steps that its checkpoint does not have.
@@ -30,58 +36,105 @@ class MetricsLog:
       kept = [line for line in lines if line and json.loads(line)["step"] <= step]
       path.write_text("".join(line + "\n" for line in kept))
 
-  def add(self, metrics: dict[str, jax.Array]) -> None:
-    self._pending.append(metrics)
+  def add(
+    self, step: int, metrics: dict[str, jax.Array], clips: Sequence[str] = ()
+  ) -> None:
+    """Keeps the metrics of a step, and of what clips they are, for the next line."""
+    self._pending.append((step, metrics, clips))
 
   def write(self, step: int) -> dict[str, float]:
-    """Appends one line and returns it.
+    """Appends one line, of each metric the mean of the steps that had it; returns it.
 
     Raises:
-      FloatingPointError: the loss is not finite; names the step. The line is written.
+      FloatingPointError: as `check`. The line is written.
     """
-    fetched = jax.device_get(self._pending)
-    self._pending = []
+    fetched = jax.device_get([metrics for _, metrics, _ in self._pending])
     now = time.perf_counter()
     began, first = self._since
     self._since = (now, step)
     line: dict[str, float] = {"step": step}
-    for name in fetched[0]:
-      line[name] = float(np.mean([metrics[name] for metrics in fetched]))
+    for name in dict.fromkeys(name for metrics in fetched for name in metrics):
+      found = [metrics[name] for metrics in fetched if name in metrics]
+      line[name] = float(np.mean(found))
     line["steps_per_second"] = (step - first) / (now - began)
     if self._writes:
       with self.path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    if not np.isfinite(line["loss"]):
-      raise FloatingPointError(
-        f"loss={line['loss']} between steps {first} and {step}; resume from the last "
-        "checkpoint with a smaller optimizer.learning_rate or optimizer.clip"
-      )
+    self.check()
+    self._pending = []
     return line
+
+  def check(self) -> None:
+    """Looks at the losses since the last line: a state after a bad one is worthless.
+
+    Raises:
+      FloatingPointError: one is not finite; names the step and its clips.
+    """
+    losses = jax.device_get([metrics["loss"] for _, metrics, _ in self._pending])
+    for (step, _, clips), loss in zip(self._pending, losses, strict=True):
+      if not np.isfinite(loss):
+        of = f", of clips {', '.join(clips)}" if clips else ""
+        raise FloatingPointError(
+          f"loss={loss} in step {step}{of}; go on from the last checkpoint with a "
+          "smaller optimizer.learning_rate or optimizer.clip"
+        )
 
 
 class Checkpoints:
   """Training checkpoints `folder/<step>`: the state and where the data iterator was.
 
-  A state that is trained on a base, and does not hold it, names the base beside it.
+  They are written while training goes on. A state that is trained on a base, and does
+  not hold it, names the base beside it.
+
+  Args:
+    keep: how many of the newest stay.
+    base: folder of the base; '' is none.
+    keep_every: multiples of it stay for good; 0 is none.
   """
 
-  def __init__(self, folder: Path, keep: int, base: str = ""):
+  def __init__(self, folder: Path, keep: int, base: str = "", keep_every: int = 0):
     self.folder = folder
     self.keep = keep
     self.base = base
+    self.keep_every = keep_every
+    self._finish: Callable[[], None] | None = None
 
   def steps(self) -> list[int]:
     """Steps that are saved, ascending. What bears its final name is whole."""
     return sorted(int(p.name) for p in self.folder.glob("*") if p.name.isdecimal())
 
   def save(self, step: int, state: Any, iterator_state: dict[str, Any]) -> None:
-    """Writes a checkpoint, then removes all but the newest `keep`."""
+    """Begins to write a checkpoint, once the one before is whole.
+
+    Raises:
+      OSError: as `wait`.
+    """
+    self.wait()
     self.folder.mkdir(parents=True, exist_ok=True)
     metadata = {"step": step, "iterator": iterator_state, "base": self.base}
-    store.save(self.folder / str(step), state, metadata, overwrite=True)
+    self._finish = store.start_save(
+      self.folder / str(step), state, metadata, overwrite=True
+    )
+
+  def wait(self) -> None:
+    """Waits for what is being written; then removes what need not stay.
+
+    Raises:
+      OSError: it could not be written, for example on a full disk; names the newest
+        checkpoint that is whole.
+    """
+    if self._finish is None:
+      return
+    finish, self._finish = self._finish, None
+    try:
+      finish()
+    except OSError as error:
+      whole = f"step {self.steps()[-1]}" if self.steps() else "none"
+      raise OSError(f"{error}; the newest that is whole: {whole}") from error
     if jax.process_index() == 0:
       for old in self.steps()[: -self.keep]:
-        shutil.rmtree(self.folder / str(old))
+        if not self.keep_every or old % self.keep_every:
+          shutil.rmtree(self.folder / str(old))
 
   def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
     """The newest state, in the structure of `state`, and the iterator's state.
@@ -97,3 +150,70 @@ class Checkpoints:
         "give that one, or another workdir"
       )
     return store.load(path, state), metadata["iterator"]
+
+
+def run(
+  advance: Callable[[Any, int], tuple[Any, dict[str, jax.Array]]],
+  state: Any,
+  metrics_log: MetricsLog,
+  checkpoints: Checkpoints,
+  position: Callable[[], dict[str, Any]] = dict,
+  *,
+  first: int,
+  steps: int,
+  log_every: int,
+  checkpoint_every: int,
+  stop_every: int = 1,
+  shown: Sequence[str] = ("loss",),
+  clips: Callable[[], Sequence[str]] = tuple,
+) -> tuple[Any, dict[str, float]]:
+  """Runs the steps after `first`; Ctrl-C or SIGTERM in any process saves and ends.
+
+  Args:
+    advance: (state, number of the step) -> (state, metrics).
+    position: the state of the data iterator.
+    stop_every: steps until a signal to one process is heard by all.
+    shown: metrics that are reported beside the step and the speed.
+    clips: names of the clips of the step just made, for the message.
+
+  Returns:
+    The last state, and the last line of metrics.
+
+  Raises:
+    FloatingPointError: a loss that is not finite; the state is kept in the folder
+      `failed` beside the checkpoints, which stay as they were.
+    OSError: a checkpoint could not be written.
+  """
+  line: dict[str, float] = {}
+  stop = StopRequest()
+  with stop.on_signals("step"):
+    for step in range(first + 1, steps + 1):
+      state, metrics = advance(state, step)
+      metrics_log.add(step, metrics, clips())
+      logs = step % log_every == 0 or step == steps
+      saves = step % checkpoint_every == 0 or step == steps
+      asks = logs or saves or step % stop_every == 0
+      stopping = meshes.any_process(bool(stop), ask=asks)
+      try:
+        if logs:
+          line = metrics_log.write(step)
+        elif saves or stopping:
+          metrics_log.check()
+      except FloatingPointError:
+        checkpoints.wait()
+        failed = Checkpoints(checkpoints.folder.with_name("failed"), 1)
+        failed.save(step, state, position())
+        failed.wait()
+        log.error("the state after step %d is kept in %s", step, failed.folder)
+        raise
+      if logs:
+        report = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
+        log.info("step %d  %s  %.1f steps/s", step, report, line["steps_per_second"])
+      if saves or stopping:
+        checkpoints.save(step, state, position())
+      if stopping:
+        reason = stop.reason or "another process"
+        log.warning("%s: saved step %d; start again to go on", reason, step)
+        break
+    checkpoints.wait()
+  return state, line

@@ -96,16 +96,25 @@ def init_state(
   errors: ErrorBuffers | None = None,
 ) -> TrainState:
   """State at step 0, on the first device of each process."""
-  state = TrainState(
+  # Committed to its device, as a restored state is: else resuming would compile
+  # another program, which on a GPU may round differently.
+  state = fresh_state(params, optimizer, errors)
+  return jax.device_put(state, jax.local_devices()[0])
+
+
+def fresh_state(
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  errors: ErrorBuffers | None = None,
+) -> TrainState:
+  """State at step 0; inside jit, wherever that puts its outputs."""
+  return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema=jax.tree.map(jnp.copy, params),  # own buffers: the state is donated
     opt_state=optimizer.init(params),
     errors=errors,
   )
-  # Committed to its device, as a restored state is: else resuming would compile
-  # another program, which on a GPU may round differently.
-  return jax.device_put(state, jax.local_devices()[0])
 
 
 def update(

@@ -1,0 +1,231 @@
+"""One clip of a training set: where it lies, and the whole chunks that are taken of it.
+
+A clip is a video with several shots in it, a folder with one video a shot, or latents
+that tools/encode_latents.py made of either. A video of 1 + 4 (f - 1) frames has f
+latent frames; with 8 to a chunk the first chunk has 29 frames and the others 32. Frames
+beyond the last whole chunk of a shot's file are cut.
+"""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longlive_jax.data.video import read_video
+from longlive_jax.generate.storyboard import (
+  SCENE_CUT_PREFIX,
+  read_caption,
+  read_captions,
+  read_durations,
+  spread_shots,
+)
+
+LATENTS_SUFFIX = ".npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """Where one clip lies; nothing is read yet.
+
+  Attributes:
+    name: stem of the file, or name of the folder.
+    files: one video, or one a shot, or one file of latents.
+    captions: folder with one JSON file a shot; latents have their own.
+    height, width, fps: what frames are resized, cropped and resampled to; None
+      keeps what the file has.
+  """
+
+  name: str
+  files: tuple[Path, ...]
+  captions: Path
+  height: int | None = None
+  width: int | None = None
+  fps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+  """How many chunks are taken of a clip.
+
+  Attributes:
+    frames_per_chunk: latent frames.
+    chunks: from the start of the clip; None takes all whole ones.
+    min_chunks: a shorter clip is filled up to `chunks`, with chunks that do not count,
+      unless it has fewer than these; 0 fills up none.
+    chunks_per_shot: of a video with several captions and no shot_durations.txt; 0
+      splits it evenly.
+    max_chunks_per_shot: what a shot has beyond them is left out; 0 leaves out nothing.
+  """
+
+  frames_per_chunk: int = 8
+  chunks: int | None = None
+  min_chunks: int = 0
+  chunks_per_shot: int = 0
+  max_chunks_per_shot: int = 0
+
+  def __post_init__(self):
+    for name, least in (
+      ("frames_per_chunk", 1), ("min_chunks", 0), ("chunks_per_shot", 0),
+      ("max_chunks_per_shot", 0),
+    ):  # fmt: skip
+      if getattr(self, name) < least:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+    if self.chunks is not None and not self.min_chunks <= self.chunks:
+      raise ValueError(
+        f"chunks={self.chunks} must be at least min_chunks={self.min_chunks}"
+      )
+
+  @property
+  def video_frames(self) -> int:
+    """Of a chunk, but for the first one of a clip, which has 3 less."""
+    return 4 * self.frames_per_chunk
+
+
+def load_clip(clip: Clip, chunking: Chunking) -> dict[str, Any]:
+  """Reads a clip and its prompts.
+
+  Returns:
+    name: str.
+    frames: uint8 (1 + 4 (chunks * frames_per_chunk - 1), h, w, 3); or
+    latents: float32 (chunks * frames_per_chunk, y, x, c), of a file of latents.
+    prompts: list of `chunks` strings, the first chunk of every later shot with the
+      scene-cut prefix.
+    cuts: bool (chunks,), the chunk starts a new shot; never chunk 0.
+    valid: int32 (), chunks that are the clip's own; those behind repeat its end.
+
+  Raises:
+    ValueError, FileNotFoundError: unreadable or too short; names the file.
+  """
+  encoded = clip.files[0].suffix == LATENTS_SUFFIX
+  kind, per_chunk, missing = "frames", chunking.video_frames, 3
+  if encoded:
+    kind, per_chunk, missing = "latents", chunking.frames_per_chunk, 0
+    rows, prompts = _load_latents(clip, chunking)
+  elif len(clip.files) > 1:
+    rows, prompts = _load_shots(clip, chunking)
+  else:
+    rows, prompts = _load_video(clip, chunking)
+  wanted = chunking.chunks or len(prompts)
+  least = chunking.min_chunks or wanted or 1
+  if len(prompts) < least:
+    raise ValueError(
+      f"clip {_place(clip)!r} has {len(rows)} {kind}; {least} chunks need "
+      f"{per_chunk * least - missing}"
+    )
+  valid = min(wanted, len(prompts))
+  prompts = prompts[:valid] + [prompts[valid - 1]] * (wanted - valid)
+  rows = rows[: per_chunk * valid - missing]
+  rows = np.concatenate([rows, np.repeat(rows[-1:], per_chunk * (wanted - valid), 0)])
+  starts = [prompt.startswith(SCENE_CUT_PREFIX) for prompt in prompts]
+  numbers = np.arange(wanted)
+  return {
+    "name": clip.name,
+    kind: rows,
+    "prompts": prompts,
+    "cuts": np.array(starts) & (0 < numbers) & (numbers < valid),
+    "valid": np.array(valid, np.int32),
+  }
+
+
+def captions_of(clip: Clip) -> list[str]:
+  """Captions of a clip's shots, without the scene-cut prefix.
+
+  Raises:
+    ValueError: latents that cannot be read.
+  """
+  if clip.files[0].suffix != LATENTS_SUFFIX:
+    return read_captions(clip.captions)
+  (prompts,) = _arrays(clip, "prompts")
+  return [p.removeprefix(SCENE_CUT_PREFIX) for p in json.loads(str(prompts))]
+
+
+def save_latents(path: Path, latents: np.ndarray, prompts: list[str]) -> None:
+  """Writes the latents (f, y, x, c) of a clip; the file is whole, or not there."""
+  beside = path.with_suffix(".part")
+  with beside.open("wb") as file:
+    np.savez(file, latents=latents, prompts=json.dumps(prompts))
+  beside.replace(path)
+
+
+# Each returns the frames of a clip and the prompts of its whole chunks. What is behind
+# the last of these stays, for the message.
+def _load_video(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]]:
+  """One video, whose shots follow each other in it."""
+  per_chunk, most = chunking.video_frames, chunking.max_chunks_per_shot
+  # Later shots make up for what is left out of the first ones.
+  whole = chunking.chunks is None or most
+  video = _read(clip, clip.files[0], None if whole else per_chunk * chunking.chunks - 3)
+  prompts = spread_shots(
+    read_captions(clip.captions),
+    (len(video) + 3) // per_chunk,
+    durations=read_durations(clip.captions / "shot_durations.txt"),
+    chunks_per_shot=chunking.chunks_per_shot or None,
+  )
+  kept, length = [], 0
+  for chunk, prompt in enumerate(prompts):
+    length = 1 if prompt.startswith(SCENE_CUT_PREFIX) else length + 1
+    if not most or length <= most:
+      kept.append(chunk)
+  if len(kept) == len(prompts):
+    return video, prompts
+  pieces = [video[max(0, per_chunk * c - 3) : per_chunk * (c + 1) - 3] for c in kept]
+  return np.concatenate(pieces), [prompts[c] for c in kept]
+
+
+def _load_shots(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]]:
+  """A video a shot."""
+  per_chunk, most = chunking.video_frames, chunking.max_chunks_per_shot
+  pieces, prompts = [], []
+  for file in clip.files:
+    if chunking.chunks is not None and len(prompts) >= chunking.chunks:
+      break
+    missing = 0 if prompts else 3
+    video = _read(clip, file, per_chunk * most - missing if most else None)
+    if pieces and pieces[0].shape[1:] != video.shape[1:]:
+      raise ValueError(
+        f"video {str(file)!r} is {_size(video)}, the shots before it "
+        f"{_size(pieces[0])}; give height and width for all"
+      )
+    count = (len(video) + missing) // per_chunk
+    pieces.append(video[: max(0, per_chunk * count - missing)])
+    caption = read_caption(clip.captions / f"{file.stem}.json")
+    shot = [caption] * count
+    if prompts and shot:
+      shot[0] = SCENE_CUT_PREFIX + caption
+    prompts += shot
+  return np.concatenate(pieces), prompts
+
+
+def _load_latents(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]]:
+  latents, prompts = _arrays(clip, "latents", "prompts")
+  prompts = json.loads(str(prompts))
+  if len(latents) != len(prompts) * chunking.frames_per_chunk:
+    raise ValueError(
+      f"latents {_place(clip)!r} have {len(latents)} frames for {len(prompts)} chunks, "
+      f"not frames_per_chunk={chunking.frames_per_chunk} each; encode them again"
+    )
+  return latents.astype(np.float32), prompts
+
+
+def _arrays(clip: Clip, *names: str) -> list[np.ndarray]:
+  try:
+    with np.load(clip.files[0]) as file:
+      return [file[name] for name in names]
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    raise ValueError(f"cannot read latents {_place(clip)!r}: {error}") from error
+
+
+def _place(clip: Clip) -> str:
+  return str(clip.files[0] if len(clip.files) == 1 else clip.files[0].parent)
+
+
+def _size(video: np.ndarray) -> str:
+  return f"{video.shape[1]}x{video.shape[2]}"
+
+
+def _read(clip: Clip, file: Path, frames: int | None) -> np.ndarray:
+  size = {"height": clip.height, "width": clip.width, "fps": clip.fps}
+  return read_video(file, frames=frames, **size)[0]
