@@ -39,7 +39,6 @@ from longlive_jax.parallel import balanced, sharded_weights
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
 from longlive_jax.quant.training import TrainingSettings, prepare_training
-from longlive_jax.stopping import StopRequest
 from longlive_jax.train import accumulate, flow, latents, loop, recycle
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
@@ -193,31 +192,22 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   first = int(state.step)
 
   # ------------------------------------------------------------------ the loop
-  metrics_log = loop.MetricsLog(workdir / "metrics.jsonl", first)
-  line: dict[str, float] = {}
-  stop = StopRequest()
-  with stop.on_signals("step"):
-    for step in range(first + 1, config.steps + 1):
-      # Every process has the same whole batch, so its order is always the same.
-      batch = meshes.spread(next(batches), meshes.CLIPS, mesh)
-      state, metrics = step_fn(state, batch, base)
-      metrics_log.add(metrics)
-      if step % config.log_every == 0 or step == config.steps:
-        line = metrics_log.write(step)
-        log.info(
-          "step %d  loss %.4f  gradient %.2f  %.1f steps/s",
-          step,
-          line["loss"],
-          line["gradient_norm"],
-          line["steps_per_second"],
-        )
-      stopping = meshes.any_process(bool(stop))
-      if step % config.checkpoint_every == 0 or step == config.steps or stopping:
-        checkpoints.save(step, state, batches.get_state())
-      if stopping:
-        reason = stop.reason or "another process"
-        log.warning("%s: saved step %d; start again to go on", reason, step)
-        break
+  def advance(state, step):
+    # Every process has the same whole batch, so its order is always the same.
+    return step_fn(state, meshes.spread(next(batches), meshes.CLIPS, mesh), base)
+
+  state, line = loop.run(
+    advance,
+    state,
+    loop.MetricsLog(workdir / "metrics.jsonl", first),
+    checkpoints,
+    batches.get_state,
+    first=first,
+    steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+    shown=("loss", "gradient_norm"),
+  )
 
   # ------------------------------------------------------------------ result
   if int(state.step) == config.steps:

@@ -22,7 +22,6 @@ from longlive_jax.checkpoint import store
 from longlive_jax.data.clips import ClipSource, clip_source, load_clips
 from longlive_jax.models.vae import VAE_SIZES, VAEConfig, VideoVAE
 from longlive_jax.programs import keep_programs
-from longlive_jax.stopping import StopRequest
 from longlive_jax.train import loop
 from longlive_jax.train import state as train_state
 from longlive_jax.train import vae as train_vae
@@ -77,29 +76,23 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   first = int(state.step)
 
   # ------------------------------------------------------------------ the loop
-  log = loop.MetricsLog(workdir / "metrics.jsonl", first)
-  stop = StopRequest()
-  with stop.on_signals("step"):
-    for step in range(first + 1, config.steps + 1):
-      frames = train_vae.window_batch(
-        videos, step, batch=config.batch_size, frames=config.frames, seed=config.seed
-      )
-      state, metrics = train_vae.train_step(state, frames, settings)
-      log.add(metrics)
-      if step % config.log_every == 0 or step == config.steps:
-        line = log.write(step)
-        logging.info(
-          "step %d  loss %.4f  psnr %.2f dB  %.1f steps/s",
-          step,
-          line["loss"],
-          line["psnr"],
-          line["steps_per_second"],
-        )
-      if step % config.checkpoint_every == 0 or step == config.steps or stop:
-        checkpoints.save(step, state, {})
-      if stop:
-        logging.warning("%s: saved step %d; start again to go on", stop.reason, step)
-        break
+  def advance(state, step):
+    frames = train_vae.window_batch(
+      videos, step, batch=config.batch_size, frames=config.frames, seed=config.seed
+    )
+    return train_vae.train_step(state, frames, settings)
+
+  state, _ = loop.run(
+    advance,
+    state,
+    loop.MetricsLog(workdir / "metrics.jsonl", first),
+    checkpoints,
+    first=first,
+    steps=config.steps,
+    log_every=config.log_every,
+    checkpoint_every=config.checkpoint_every,
+    shown=("loss", "psnr"),
+  )
 
   # ------------------------------------------------------------------ result
   if int(state.step) < config.steps:

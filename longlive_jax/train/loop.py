@@ -1,8 +1,10 @@
-"""What any training script needs around its step: metrics and checkpoints."""
+"""What any training script needs around its step: metrics, checkpoints, the loop."""
 
 import json
+import logging
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ import jax
 import numpy as np
 
 from longlive_jax.checkpoint import store
+from longlive_jax.parallel import mesh as meshes
+from longlive_jax.stopping import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -34,7 +40,7 @@ class MetricsLog:
     self._pending.append(metrics)
 
   def write(self, step: int) -> dict[str, float]:
-    """Appends one line and returns it.
+    """Appends one line, of each metric the mean of the steps that had it; returns it.
 
     Raises:
       FloatingPointError: the loss is not finite; names the step. The line is written.
@@ -45,8 +51,9 @@ class MetricsLog:
     began, first = self._since
     self._since = (now, step)
     line: dict[str, float] = {"step": step}
-    for name in fetched[0]:
-      line[name] = float(np.mean([metrics[name] for metrics in fetched]))
+    for name in dict.fromkeys(name for metrics in fetched for name in metrics):
+      found = [metrics[name] for metrics in fetched if name in metrics]
+      line[name] = float(np.mean(found))
     line["steps_per_second"] = (step - first) / (now - began)
     if self._writes:
       with self.path.open("a") as file:
@@ -97,3 +104,46 @@ class Checkpoints:
         "give that one, or another workdir"
       )
     return store.load(path, state), metadata["iterator"]
+
+
+def run(
+  advance: Callable[[Any, int], tuple[Any, dict[str, jax.Array]]],
+  state: Any,
+  metrics_log: MetricsLog,
+  checkpoints: Checkpoints,
+  position: Callable[[], dict[str, Any]] = dict,
+  *,
+  first: int,
+  steps: int,
+  log_every: int,
+  checkpoint_every: int,
+  shown: Sequence[str] = ("loss",),
+) -> tuple[Any, dict[str, float]]:
+  """Runs the steps after `first`; Ctrl-C or SIGTERM in any process saves and ends.
+
+  Args:
+    advance: (state, number of the step) -> (state, metrics).
+    position: the state of the data iterator.
+    shown: metrics that are reported beside the step and the speed.
+
+  Returns:
+    The last state, and the last line of metrics.
+  """
+  line: dict[str, float] = {}
+  stop = StopRequest()
+  with stop.on_signals("step"):
+    for step in range(first + 1, steps + 1):
+      state, metrics = advance(state, step)
+      metrics_log.add(metrics)
+      if step % log_every == 0 or step == steps:
+        line = metrics_log.write(step)
+        report = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
+        log.info("step %d  %s  %.1f steps/s", step, report, line["steps_per_second"])
+      stopping = meshes.any_process(bool(stop))
+      if step % checkpoint_every == 0 or step == steps or stopping:
+        checkpoints.save(step, state, position())
+      if stopping:
+        reason = stop.reason or "another process"
+        log.warning("%s: saved step %d; start again to go on", reason, step)
+        break
+  return state, line
