@@ -2,7 +2,7 @@
 
 Adapters of the shipped toy model for few steps, on one GPU:
 
-  python -m longlive_jax.data.toy_world --captions --clips 8000 --out outputs/toy_stories
+  python -m longlive_jax.data.toy_world --captions --clips 8000 --out outputs/stories
   python launch/distill.py --config configs/distill.py:toy,steps=4
   python launch/distill.py --config configs/distill.py:toy,steps=2 \
     --config.init_lora=outputs/distill_toy_4/model/lora
@@ -81,7 +81,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # What videos are made of: a text file or a folder of captions, or one of images and
   # texts (image-to-video), see launch/generate.py.
   c.data = ml_collections.ConfigDict()
-  c.data.prompts = "outputs/toy_stories"
+  c.data.prompts = "outputs/stories"
   c.data.images = ""
   c.height = 128
   c.width = 128
