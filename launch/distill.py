@@ -28,7 +28,7 @@ from longlive_jax.generate.precision import Precision
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.storyboard import Storyboard
 from longlive_jax.layers import remat
-from longlive_jax.models import text
+from longlive_jax.models import dit, text
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
 from longlive_jax.train import distill, dmd, loop, self_forcing, stories
@@ -98,7 +98,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   )
   fixed = meshes.replicate(fixed, mesh)
   generator_optimizer, critic_optimizer = make_optimizers(config)
-  generator, critic = init_trained(config, sources, fixed)
+  generator, critic = init_trained(config, sources, fixed.base)
   count = sum(a.size for a in jax.tree.leaves(generator))
   log.info("generator: %.2f million parameters", count / 1e6)
   state = distill.init_state(generator, critic, generator_optimizer, critic_optimizer)
@@ -303,7 +303,7 @@ def find_stories(config: ml_collections.ConfigDict) -> Storyboard:
 
 
 def init_trained(
-  config: ml_collections.ConfigDict, sources: networks.Sources, fixed: distill.Fixed
+  config: ml_collections.ConfigDict, sources: networks.Sources, base: dit.CausalDiT
 ) -> tuple[distill.Trained, distill.Trained]:
   """Generator and critic as they begin: both as the teacher, or from `init_lora`."""
   settings = lora_settings(config)
@@ -311,7 +311,7 @@ def init_trained(
     plain = dataclasses.replace(sources.dit, precision=Precision())
     return networks.load(plain, "float32"), networks.load(plain, "float32")
   keys = jax.random.split(jax.random.key(config.seed))
-  generator, critic = (train_lora.init_lora(fixed.base, settings, k) for k in keys)
+  generator, critic = (train_lora.init_lora(base, settings, k) for k in keys)
   if config.init_lora:
     given = lora.load_lora(config.init_lora, sources.dit.config.layers)
     generator = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given)

@@ -1,25 +1,19 @@
-"""Distillation: its gradients, what its steps change, and the script from end to end."""
+"""Distillation: losses, gradients, and what its steps change."""
 
 import dataclasses
 import functools
-import json
-import os
-import shutil
-import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_weights import normal, random_dit, random_vae
-from test_generate_cli import script, weights  # noqa: F401
-from test_self_forcing import compare_trees
 
 from longlive_jax.checkpoint import lora, store
 from longlive_jax.generate import sampler
 from longlive_jax.generate.precision import Precision, apply
 from longlive_jax.models import dit, vae
-from longlive_jax.train import distill, dmd, loop, self_forcing
+from longlive_jax.train import distill, dmd, self_forcing
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
 
@@ -31,9 +25,11 @@ SAMPLING = sampler.Sampling(
 )
 
 
-def make_settings(through_cache=False, exit_step="shared", given=0, **changes):
+def make_settings(
+  through_cache=False, exit_step="shared", given=0, guidance=2.0, **changes
+):
   scores = dmd.DMDSettings(
-    N, shift=3.0, teacher_guidance=2.0, conditioning_frames=given
+    N, shift=3.0, teacher_guidance=guidance, conditioning_frames=given
   )
   rollout = self_forcing.RolloutSettings(SAMPLING, through_cache=through_cache)
   return distill.DistillSettings(rollout, scores, exit_step, **changes)
@@ -50,7 +46,8 @@ def adapter(base, seed) -> lora.Lora:
     base, train_lora.LoraSettings(rank=2), jax.random.key(seed)
   )
   factors = {
-    path: (a, 0.1 * normal(*b.shape, seed=seed)) for path, (a, b) in made.factors.items()
+    path: (a, 0.1 * normal(*b.shape, seed=seed))
+    for path, (a, b) in made.factors.items()
   }
   return dataclasses.replace(made, factors=factors)
 
@@ -88,8 +85,9 @@ CASES = [
 ]  # fmt: skip
 
 
-def plain_losses(generator, critic, fixed, stories, draws, settings):
+def plain_losses(generator, critic, rest):
   """Both losses as SPEC 7 has them, on networks with merged adapters."""
+  fixed, stories, draws, settings = rest
   base, scores = fixed.base, settings.scores
   stop, g = jax.lax.stop_gradient, scores.conditioning_frames
   b, f, y, x, _ = draws.noise.shape
@@ -139,28 +137,28 @@ def test_losses_and_gradients_are_those_of_merged_networks(base, case):
   generator, critic = adapter(base, 1), adapter(base, 2)
   inputs = fixed, stories, draws, settings
 
-  @jax.jit
-  def found(generator, critic):
-    loss = functools.partial(distill.generator_loss, has_aux=True)
-    del loss
-    first, (slope) = jax.value_and_grad(distill.generator_loss, has_aux=True)(
-      generator, critic, *inputs
-    )
-    second = jax.value_and_grad(distill.critic_loss)(critic, generator, *inputs)
-    return (first[0], slope), second
+  def both(generator, critic):
+    first, _ = distill.generator_loss(generator, critic, *inputs)
+    return first, distill.critic_loss(critic, generator, *inputs)
 
-  @jax.jit
-  def wanted(generator, critic):
-    first = jax.value_and_grad(lambda g: plain_losses(g, critic, *inputs)[0])
-    second = jax.value_and_grad(lambda c: plain_losses(generator, c, *inputs)[1])
-    return first(generator), second(critic)
+  def derive(losses):
+    """The losses, and the derivative of each by what it trains: of no more than it."""
 
-  for (loss, slope), (want, slope_wanted) in zip(
-    found(generator, critic), wanted(generator, critic), strict=True
-  ):
-    np.testing.assert_allclose(loss, want, rtol=1e-4)
-    compare_trees(slope, slope_wanted)
-    assert all(np.abs(leaf).max() > 1e-7 for leaf in jax.tree.leaves(slope))
+    def total(*trained):
+      found = losses(*trained)
+      return sum(found), found
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+  (_, found), slopes = derive(both)(generator, critic)
+  plain = functools.partial(plain_losses, rest=inputs)
+  (_, wanted), slopes_wanted = derive(plain)(generator, critic)
+  np.testing.assert_allclose(found, wanted, rtol=1e-4)
+  for slope, want in zip(slopes, slopes_wanted, strict=True):
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want))
+    compare = functools.partial(np.testing.assert_allclose, atol=1e-4 * largest)
+    jax.tree.map(compare, slope, want)
+    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(slope)) > 0.01 * largest
 
 
 def test_draws_are_shared_as_asked(base):
@@ -177,25 +175,23 @@ def test_draws_are_shared_as_asked(base):
 
 def test_the_end_of_a_longer_rollout_is_scored_behind_a_frame_encoded_anew(base):
   video_vae = random_vae()
-  fixed = make_fixed(base, video_vae=video_vae)
+  videos = normal(2, 8, Y, Y, base.config.in_channels)
+  end = jax.jit(distill.last_chunks, static_argnums=1)(videos, 4, video_vae)
+  np.testing.assert_array_equal(end[:, 1:], videos[:, -3:])
+  picture = vae.decode(video_vae, videos[:, :-3])[:, -1:]
+  again = vae.encode(video_vae, picture)
+  np.testing.assert_allclose(end[:, :1], again, rtol=1e-3, atol=1e-3)
+
   settings = make_settings(given=1, score_chunks=2)
+  fixed = make_fixed(base, video_vae=video_vae)
   stories = make_stories(base, chunks=4, given=1)
   draws = distill.draw(jax.random.key(1), stories, settings)
-  generator = adapter(base, 1)
-  scored, videos = jax.jit(
-    lambda g: (
-      distill.make_scored(g, fixed, stories, draws, settings),
-      distill.make_videos(g, base, stories, draws, settings),
-    )
-  )(generator)
-  noised = scored.noised
-  np.testing.assert_allclose(noised.sample[:, 1:], videos[:, -3:], rtol=1e-5)
-  picture = vae.decode(video_vae, videos[:, :-3])[:, -1:]
-  np.testing.assert_allclose(
-    noised.sample[:, :1], vae.encode(video_vae, picture), rtol=1e-3, atol=1e-3
-  )
-  assert np.asarray(noised.mask)[0, :, 0, 0, 0].tolist() == [False] * 2 + [True] * 2
-  assert (noised.timestep > 0).all()  # no frame of the end is given
+  score = lambda g: distill.make_scored(g, fixed, stories, draws, settings)  # noqa: E731
+  scored = jax.jit(score)(adapter(base, 1))
+  assert scored.noised.sample.shape == (2, 4, Y, Y, base.config.in_channels)
+  counts = np.asarray(scored.noised.mask)[0, :, 0, 0, 0]
+  assert counts.tolist() == [False] * 2 + [True] * 2
+  assert (scored.noised.timestep > 0).all()  # no frame of the end is given
   np.testing.assert_array_equal(scored.text, stories.text[:, -2:])
   short = settings.for_length(4).rollout
   assert self_forcing.trains(np.arange(8).reshape(4, 1, 2), short).tolist() == [
@@ -205,7 +201,7 @@ def test_the_end_of_a_longer_rollout_is_scored_behind_a_frame_encoded_anew(base)
 
 # ---------------------------------------------------------------------- updates
 def test_steps_change_adapters_alone_on_a_base_in_four_bits(base):
-  settings = make_settings()
+  settings = make_settings(guidance=0.0)
   fixed = make_fixed(apply(base, Precision("w4a16"), 2))
   stories = make_stories(base)
   optimizer = train_state.make_optimizer(
