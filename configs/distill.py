@@ -98,6 +98,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.sampling.t_scale = 1.0
   c.sampling.solver = "unipc"
   c.sampling.steps = few
+  c.sampling.timesteps = ()  # of the steps, falling; none: the solver's own
   c.sampling.shift = 3.0
   c.sampling.kv_format = ""
 

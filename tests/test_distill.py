@@ -90,7 +90,7 @@ def plain_losses(generator, critic, rest):
   fixed, stories, draws, settings = rest
   base, scores = fixed.base, settings.scores
   stop, g = jax.lax.stop_gradient, scores.conditioning_frames
-  b, f, y, x, _ = draws.noise.shape
+  b, _, y, x, _ = draws.noise.shape
   chunks = self_forcing.make_chunks(
     base.config, settings.rollout, noise=draws.noise, text=stories.text,
     context_noise=draws.context_noise, cuts=stories.cuts, given=stories.given,

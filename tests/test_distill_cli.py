@@ -154,6 +154,8 @@ def broken_lora(path, rank=2, width=64):
   ("changes", "message"),
   [
     ({"sampling.steps": 0}, "steps=0 must be at least 1"),
+    ({"sampling.timesteps": (500.0, 900.0)}, "500.0, 900.0] must fall strictly"),
+    ({"sampling.timesteps": (900.0,)}, "are 1, steps=2; give as many, or none"),
     ({"batch_size": 3, "devices": 2}, "batch_size=3 must be a multiple of devices=2"),
     ({"rollout.min_chunks": 4}, "rollout.min_chunks=4 must be at least 1 and at most"),
     ({"rollout.max_chunks": 9, "scores.chunks": 1}, "scores.chunks=1 must be at least"),

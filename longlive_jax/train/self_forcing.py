@@ -258,7 +258,7 @@ _detached.defvjp(_detached_forward, _detached_backward)
 def _until_exit(model, cache, inputs, settings) -> Array:
   """The sample (b, f, y, x, c) that the exit step starts from; without gradient."""
   model, cache = lax.stop_gradient((model, cache))
-  chunk, table = inputs.chunk, _table(settings)
+  chunk, table = inputs.chunk, settings.sampling.solver_table()
   text, placements = _text(model, chunk), _placements(cache, chunk)
 
   def step(i, state):
@@ -276,7 +276,7 @@ def _until_exit(model, cache, inputs, settings) -> Array:
 
 def _exit(model, cache, inputs, start, settings):
   """The chunk's clean latents as predicted from `start`, and its keys and values."""
-  chunk, table, i = inputs.chunk, _table(settings), inputs.exit_step
+  chunk, table, i = inputs.chunk, settings.sampling.solver_table(), inputs.exit_step
   velocity, kept = _pass(
     model, cache, _at(_placements(cache, chunk), i), lax.stop_gradient(start),
     _times(model, chunk, i, settings), _text(model, chunk), chunk, settings,
@@ -330,14 +330,10 @@ def _pass(model, cache, placement, latents, time, text, chunk, settings, *, keep
   )
 
 
-def _table(settings: RolloutSettings) -> schedule.SolverTable:
-  s = settings.sampling
-  return schedule.solver_table(s.solver, s.steps, s.shift)
-
-
 def _times(model, chunk, i, settings) -> Array:
   """Time features (b, f, freq_dim) of solver step i."""
-  features = dit.time_features(_table(settings).timesteps, model.config.freq_dim)
+  timesteps = settings.sampling.solver_table().timesteps
+  features = dit.time_features(timesteps, model.config.freq_dim)
   return _known_or(chunk, jnp.asarray(features)[i], model)
 
 
