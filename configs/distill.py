@@ -18,6 +18,7 @@ Others:
   ... --config configs/distill.py:ti2v-5b,steps=4,nvfp4 --config.weights=FOLDER \
     --config.data.prompts=prompts.txt
   ... --config configs/distill.py:toy,steps=4,full      no adapters: whole networks
+  ... --config.mode=ode --config.workdir=outputs/ode_toy_4      a start, for init_lora
   ... --config.devices=4        share the videos of a batch
 """
 
@@ -53,8 +54,12 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.workdir = f"outputs/distill_{size}_{few}"
   c.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
   c.seed = 0
-  c.steps = 4000  # updates of the critic ...
+  # 'dmd', distribution matching; or 'ode', regression onto the teacher's videos, which
+  # is where 'dmd' may begin: longlive_jax/train/distill.py and ode.py.
+  c.mode = "dmd"
+  c.steps = 4000  # updates of the critic (of the generator by 'ode') ...
   c.generator_every = 5  # ... for each so many of which the generator has one
+  c.teacher_steps = 16  # of the teacher's videos
   c.batch_size = 64
 
   # Networks, named as in configs/generate.py. The transformer is the teacher.
@@ -70,13 +75,15 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.precision = ""
   c.precision_rule = "static_6"
 
-  # Adapters of generator and critic. The generator's may begin as another run's, of
-  # more steps for example: `init_lora`. Rank 0 trains both networks whole.
+  # Adapters of generator and critic. Rank 0 trains both networks whole. The generator
+  # may begin as what another run made, of more steps or by 'ode': `init_lora`, or
+  # `init_dit` without adapters.
   c.lora = ml_collections.ConfigDict()
   c.lora.rank = 16
   c.lora.alpha = 0.0  # 0: the rank
   c.lora.layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
   c.init_lora = ""
+  c.init_dit = ""
 
   # What videos are made of: a text file or a folder of captions, or one of images and
   # texts (image-to-video), see launch/generate.py.

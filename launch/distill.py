@@ -10,6 +10,7 @@ if it was trained whole.
 """
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from longlive_jax.layers import remat
 from longlive_jax.models import dit, text
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
-from longlive_jax.train import distill, dmd, loop, self_forcing, stories
+from longlive_jax.train import distill, dmd, loop, ode, self_forcing, stories
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
 
@@ -97,41 +98,46 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     video_vae=video_vae if cuts_off(config) else None,
   )
   fixed = meshes.replicate(fixed, mesh)
-  generator_optimizer, critic_optimizer = make_optimizers(config)
-  generator, critic = init_trained(config, sources, fixed.base)
+  generator = init_generator(config, sources, fixed.base)
   count = sum(a.size for a in jax.tree.leaves(generator))
   log.info("generator: %.2f million parameters", count / 1e6)
-  state = distill.init_state(generator, critic, generator_optimizer, critic_optimizer)
+
+  # ------------------------------------------------------------------ the steps
+  # One program each: the state, a batch and what is fixed -> the state and metrics.
+  generator_optimizer, critic_optimizer = make_optimizers(config)
+  average = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
+  if config.mode == "ode":
+    state = train_state.init_state(generator, generator_optimizer)
+    kinds = [
+      functools.partial(
+        ode.ode_step, optimizer=generator_optimizer, steps=config.teacher_steps,
+        **average,
+      )
+    ]  # fmt: skip
+  else:
+    critic = init_critic(config, sources, fixed.base)
+    state = distill.init_state(
+      generator, critic, generator_optimizer, critic_optimizer
+    )
+    kinds = [
+      functools.partial(distill.critic_step, optimizer=critic_optimizer),
+      functools.partial(
+        distill.generator_step, optimizer=generator_optimizer, **average
+      ),
+    ]
   specs = meshes.last_axis_specs(state, mesh)
   state = meshes.spread(state, specs, mesh)
-
-  # ------------------------------------------------------------------ two steps
   key = jax.random.key(config.seed)
 
-  def critic_step(state, batch, fixed):
-    step_key = jax.random.fold_in(jax.random.fold_in(key, state.step), 0)
-    state, metrics = distill.critic_step(
-      state, batch, fixed, step_key, settings, critic_optimizer, mesh
-    )
-    return meshes.constrain((state, metrics), (specs, P()), mesh)
+  def program(number, kind):
+    def step(state, batch, fixed):
+      own = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
+      result = kind(state, batch, fixed, own, settings, mesh=mesh)
+      return meshes.constrain(result, (specs, P()), mesh)
 
-  def generator_step(state, batch, fixed):
-    step_key = jax.random.fold_in(jax.random.fold_in(key, state.step), 1)
-    state, metrics = distill.generator_step(
-      state,
-      batch,
-      fixed,
-      step_key,
-      settings,
-      generator_optimizer,
-      ema_decay=config.ema_decay,
-      ema_start=config.ema_start,
-      mesh=mesh,
-    )
-    return meshes.constrain((state, metrics), (specs, P()), mesh)
+    return jax.jit(step, donate_argnums=0)
 
-  critic_step = jax.jit(critic_step, donate_argnums=0)
-  generator_step = jax.jit(generator_step, donate_argnums=0)
+  first_step, *seldom = (program(i, kind) for i, kind in enumerate(kinds))
 
   # ------------------------------------------------------------------ resume
   base = str(sources.dit.path) if config.lora.rank else ""
@@ -148,10 +154,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   def advance(state, step):
     # Every process has the same whole batch, so its order is always the same.
     batch = meshes.shard_batch(next(batches), mesh)
-    state, metrics = critic_step(state, batch, fixed)
+    state, metrics = first_step(state, batch, fixed)
     if step % config.generator_every == 0:
-      state, more = generator_step(state, batch, fixed)
-      metrics |= more
+      for generator_step in seldom:
+        state, more = generator_step(state, batch, fixed)
+        metrics |= more
     return state, metrics
 
   state, line = loop.run(
@@ -169,12 +176,13 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 
   # ------------------------------------------------------------------ result
   if int(state.step) == config.steps:
-    average = train_state.cast(state.generator.ema, config.export_dtype)
+    trained = state if config.mode == "ode" else state.generator
+    made = train_state.cast(trained.ema, config.export_dtype)
     folder, source = workdir / "model", "launch/distill.py"
     if config.lora.rank:
-      train_lora.export({"lora": average}, folder, source, base)
+      train_lora.export({"lora": made}, folder, source, base)
     else:
-      store.save_network(folder / "dit", average, source=source, overwrite=True)
+      store.save_network(folder / "dit", made, source=source, overwrite=True)
     log.info("wrote %s", folder)
   return line
 
@@ -193,10 +201,19 @@ def check(
   for name in ("dtype", "export_dtype"):
     if config[name] not in DTYPES:
       raise ValueError(f"{name}={config[name]!r}; use {' or '.join(DTYPES)}")
-  counts = ("steps", "generator_every", "batch_size", "log_every", "checkpoint_every")
-  for name in counts:
+  for name in (
+    "steps", "generator_every", "teacher_steps", "batch_size", "log_every",
+    "checkpoint_every",
+  ):  # fmt: skip
     if config[name] < 1:
       raise ValueError(f"{name}={config[name]} must be at least 1")
+  if config.mode not in ("dmd", "ode"):
+    raise ValueError(f"mode={config.mode!r} is unknown; use 'dmd' or 'ode'")
+  if config.mode == "ode" and cuts_off(config):
+    raise ValueError(
+      f"rollout.max_chunks={config.rollout.max_chunks} must be at most scores.chunks="
+      f"{config.scores.chunks} with mode='ode', which looks at whole rollouts"
+    )
   if config.steps < config.generator_every:
     raise ValueError(
       f"generator_every={config.generator_every} must be at most steps={config.steps}: "
@@ -262,7 +279,8 @@ def cuts_off(config: ml_collections.ConfigDict) -> bool:
 
 def make_optimizers(config: ml_collections.ConfigDict):
   """The optimisers of generator and critic, each with a schedule of its own length."""
-  updates = config.steps // config.generator_every
+  every = 1 if config.mode == "ode" else config.generator_every
+  updates = config.steps // every
   return tuple(
     train_state.make_optimizer(train_state.OptimizerSettings(steps=count, **settings))
     for count, settings in ((updates, config.generator), (config.steps, config.critic))
@@ -282,7 +300,12 @@ def check_adapter(config: ml_collections.ConfigDict, sources: networks.Sources) 
         f"init_lora={config.init_lora!r} needs lora.rank above 0: merge it first, with "
         "tools/merge_lora.py"
       )
+    find_start(config)
     return
+  if config.init_dit:
+    raise ValueError(
+      f"init_dit={config.init_dit!r} needs lora.rank=0; for adapters set init_lora"
+    )
   train_lora.check_layers(networks.abstract(sources.dit, config.dtype), settings)
   if config.init_lora:
     found = adapters.find(config.init_lora, sources.dit.config)
@@ -291,6 +314,13 @@ def check_adapter(config: ml_collections.ConfigDict, sources: networks.Sources) 
         f"init_lora={config.init_lora!r} has rank {found.rank}, "
         f"lora.rank={settings.rank}; set lora.rank={found.rank}"
       )
+
+
+def find_start(config: ml_collections.ConfigDict) -> networks.Source | None:
+  """What a generator begins as that is trained whole; None: as the teacher."""
+  if not config.init_dit:
+    return None
+  return networks.find("dit", config.size, config.init_dit)
 
 
 def find_stories(config: ml_collections.ConfigDict) -> Storyboard:
@@ -302,20 +332,38 @@ def find_stories(config: ml_collections.ConfigDict) -> Storyboard:
   )
 
 
-def init_trained(
+def init_generator(
   config: ml_collections.ConfigDict, sources: networks.Sources, base: dit.CausalDiT
-) -> tuple[distill.Trained, distill.Trained]:
-  """Generator and critic as they begin: both as the teacher, or from `init_lora`."""
-  settings = lora_settings(config)
-  if not settings.rank:
-    plain = dataclasses.replace(sources.dit, precision=Precision())
-    return networks.load(plain, "float32"), networks.load(plain, "float32")
-  keys = jax.random.split(jax.random.key(config.seed))
-  generator, critic = (train_lora.init_lora(base, settings, k) for k in keys)
-  if config.init_lora:
-    given = lora.load_lora(config.init_lora, sources.dit.config.layers)
-    generator = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given)
-  return generator, critic
+) -> distill.Trained:
+  """The generator as it begins: as the teacher, or what `init_lora`, `init_dit` say."""
+  if not config.lora.rank:
+    started = find_start(config) or plain_source(sources)
+    return networks.load(started, "float32")
+  if not config.init_lora:
+    return init_adapter(config, base, number=0)
+  given = lora.load_lora(config.init_lora, sources.dit.config.layers)
+  return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given)
+
+
+def init_critic(
+  config: ml_collections.ConfigDict, sources: networks.Sources, base: dit.CausalDiT
+) -> distill.Trained:
+  """The critic as it begins: as the teacher."""
+  if not config.lora.rank:
+    return networks.load(plain_source(sources), "float32")
+  return init_adapter(config, base, number=1)
+
+
+def plain_source(sources: networks.Sources) -> networks.Source:
+  """The teacher's weights as they were before they were quantised."""
+  return dataclasses.replace(sources.dit, precision=Precision())
+
+
+def init_adapter(
+  config: ml_collections.ConfigDict, base: dit.CausalDiT, number: int
+) -> lora.Lora:
+  key = jax.random.fold_in(jax.random.key(config.seed), number)
+  return train_lora.init_lora(base, lora_settings(config), key)
 
 
 def main(argv: list[str]) -> None:

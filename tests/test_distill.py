@@ -13,7 +13,7 @@ from longlive_jax.checkpoint import lora, store
 from longlive_jax.generate import sampler
 from longlive_jax.generate.precision import Precision, apply
 from longlive_jax.models import dit, vae
-from longlive_jax.train import distill, dmd, self_forcing
+from longlive_jax.train import distill, dmd, ode, self_forcing
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
 
@@ -197,6 +197,51 @@ def test_the_end_of_a_longer_rollout_is_scored_behind_a_frame_encoded_anew(base)
   assert self_forcing.trains(np.arange(8).reshape(4, 1, 2), short).tolist() == [
     False, False, False, True
   ]  # fmt: skip
+
+
+def test_regression_goes_from_noise_straight_to_the_teachers_video(base):
+  settings, given = make_settings(given=1), 1
+  stories, fixed = make_stories(base, given=given), make_fixed(base)
+  generator, key = adapter(base, 1), jax.random.key(3)
+
+  def videos(noise):
+    """By the sampler, chunk by chunk, guided in three steps."""
+    sampling = dataclasses.replace(SAMPLING, steps=3, guidance=3.0)
+    chunks = self_forcing.make_chunks(
+      base.config, settings.rollout, noise=noise, context_noise=noise,
+      text=stories.text, cuts=stories.cuts, exit_step=np.zeros(CHUNKS, np.int32),
+      given=stories.given,
+    ).chunk  # fmt: skip
+    negative = np.stack([[fixed.negative] * len(noise)] * CHUNKS)
+    chunks = dataclasses.replace(chunks, negative=negative)
+    cache, made = sampler.init_cache(base, sampling, len(noise), Y, Y), []
+    for i in range(CHUNKS):
+      chunk = jax.tree.map(lambda a, i=i: a[i], chunks)
+      latents, cache = sampler.denoise_chunk(base, cache, chunk, sampling)
+      made.append(latents)
+    return jnp.concatenate(made, axis=1)
+
+  @jax.jit
+  def found(generator):
+    noise, sigma = ode.draw(key, stories, settings)
+    made = ode.teacher_videos(fixed, stories, noise, settings, 3)
+    return noise, sigma, made, ode.ode_loss(generator, fixed, stories, key, settings, 3)
+
+  noise, level, made, loss = found(generator)
+  np.testing.assert_allclose(made, jax.jit(videos)(noise), atol=1e-4)
+  np.testing.assert_allclose(made[:, :1], stories.given, atol=1e-6)
+  table = SAMPLING.solver_table()
+  sigma = table.sigmas[np.asarray(level)]
+  times = table.timesteps[np.asarray(level)]
+  sigma[:, 0] = times[:, 0] = 0
+  s = sigma[..., None, None, None]
+  velocity = dit.train_forward(
+    merged(base, generator), (1 - s) * made + s * noise,
+    dit.time_features(times, base.config.freq_dim), stories.text,
+    frames_per_chunk=N, clean=made,
+  )  # fmt: skip
+  want = np.square(velocity - (noise - made))[:, 1:].mean()
+  np.testing.assert_allclose(loss, want, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------- updates

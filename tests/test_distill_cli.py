@@ -102,12 +102,23 @@ def test_its_adapter_generates_and_begins_another_one(
   )
   sources, _ = launch.check(config)
   base = networks.load(sources.dit, "float32")
-  generator, critic = launch.init_trained(config, sources, base)
+  generator = launch.init_generator(config, sources, base)
+  critic = launch.init_critic(config, sources, base)
   given = lora.load_lora(made / "model" / "lora", 2)
   for path, pair in given.factors.items():
     for factor, want in zip(generator.factors[path], pair, strict=True):
       np.testing.assert_array_equal(factor, want.astype(np.float32))
     assert not critic.factors[path][1].any()
+
+
+def test_a_start_by_regression(folder, weights, tmp_path):  # noqa: F811
+  changes = {"mode": "ode", "teacher_steps": 3, "generator.learning_rate": 3e-3}
+  config = make_config(folder, weights, tmp_path, steps=12, **changes)
+  config.generator.final_ratio, config.checkpoint_every = 1.0, 12
+  launch.train(config)
+  found = list(losses(tmp_path).values())
+  assert np.mean(found[-4:]) < 0.95 * np.mean(found[:4])
+  assert lora.load_lora(tmp_path / "model" / "lora", 2).rank == 2
 
 
 def test_first_frames_are_latents_of_images(folder, weights):  # noqa: F811
@@ -167,6 +178,12 @@ def broken_lora(path, rank=2, width=64):
     ({"init_lora": "narrow"}, "has shape .*, the LoRA gives"),
     ({"init_lora": "rank 3"}, "has rank 3, lora.rank=2; set lora.rank=3"),
     ({"init_lora": "rank 3", "lora.rank": 0}, "init_lora=.* needs lora.rank above 0"),
+    ({"init_dit": "dit"}, "init_dit='dit' needs lora.rank=0; for adapters"),
+    ({"mode": "gan"}, "mode='gan' is unknown; use 'dmd' or 'ode'"),
+    (
+      {"mode": "ode", "scores.chunks": 2},
+      "rollout.max_chunks=3 must be at most scores.chunks=2 with mode='ode'",
+    ),
     ({"lora.layers": ("blocks/none",)}, "lora.layers cannot be used"),
     ({"weights": "random"}, "weights='random' cannot be distilled"),
     ({"height": 33}, "height=33 must be a multiple of 32"),

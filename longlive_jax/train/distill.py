@@ -231,17 +231,22 @@ def make_videos(
 def velocity(
   trained: Trained | None,
   base: dit.CausalDiT,
-  noised: dmd.NoisedSample,
+  noisy: Array,
+  clean: Array,
   features: Array,
   text: Array,
   settings: DistillSettings,
   mesh: Mesh | None = None,
 ) -> Array:
-  """What teacher (trained None) or critic say of a noised video, (b, f, y, x, c).
+  """What a transformer, the base if trained is None, says of a noised video.
 
   Args:
+    noisy, clean: the video with and without noise, (b, f, y, x, c).
     features: of the timesteps, (b, f, freq_dim).
     text: (b, segments, k, text_dim).
+
+  Returns:
+    (b, f, y, x, c) float32.
   """
 
   def run(trained, base, noisy, clean, features, text):
@@ -256,7 +261,7 @@ def velocity(
     )
 
   run = sharded_weights.over(mesh, run, (P(), *[P(DATA)] * 4))
-  return run(trained, base, noised.noisy, noised.sample, features, text)
+  return run(trained, base, noisy, clean, features, text)
 
 
 def last_chunks(
@@ -354,7 +359,10 @@ def generator_loss(
 
   def clean(trained: Trained | None, guidance: float) -> Array:
     def predict(text: Array) -> Array:
-      v = velocity(trained, fixed.base, seen, scored.features, text, settings, mesh)
+      v = velocity(
+        trained, fixed.base, seen.noisy, seen.sample, scored.features, text, settings,
+        mesh,
+      )  # fmt: skip
       return schedule.velocity_to_clean(seen.noisy, v, sigma)
 
     unguided = predict(negative) if guidance else None
@@ -382,10 +390,12 @@ def critic_loss(
   """The flow-matching loss of the critic on what the generator makes."""
   scored = make_scored(generator, fixed, stories, draws, settings, mesh)
   scored = jax.lax.stop_gradient(scored)
+  noised = scored.noised
   v = velocity(
-    critic, fixed.base, scored.noised, scored.features, scored.text, settings, mesh
-  )
-  return dmd.critic_loss(v, scored.noised)
+    critic, fixed.base, noised.noisy, noised.sample, scored.features, scored.text,
+    settings, mesh,
+  )  # fmt: skip
+  return dmd.critic_loss(v, noised)
 
 
 # ------------------------------------------------------------------------ updates
