@@ -2,7 +2,7 @@
 
 Adapters of the shipped toy model for few steps, on one GPU:
 
-  python -m longlive_jax.data.toy_world --captions --clips 8000 --out outputs/stories
+  python -m longlive_jax.data.toy_world --captions --clips 3000 --out outputs/stories
   python launch/distill.py --config configs/distill.py:toy,steps=4
   python launch/distill.py --config configs/distill.py:toy,steps=2 \
     --config.init_lora=outputs/distill_toy_4/model/lora
@@ -57,7 +57,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # 'dmd', distribution matching; or 'ode', regression onto the teacher's videos, which
   # is where 'dmd' may begin: longlive_jax/train/distill.py and ode.py.
   c.mode = "dmd"
-  c.steps = 4000  # updates of the critic (of the generator by 'ode') ...
+  c.steps = 1000  # updates of the critic (of the generator by 'ode') ...
   c.generator_every = 5  # ... for each so many of which the generator has one
   c.teacher_steps = 16  # of the teacher's videos
   c.batch_size = 64
@@ -132,7 +132,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.scores.negative_prompt = ""
 
   c.generator = ml_collections.ConfigDict()
-  c.generator.learning_rate = 2e-4
+  c.generator.learning_rate = 3e-4
   c.generator.final_ratio = 0.1
   c.generator.warmup = 0
   c.generator.beta1 = 0.0
@@ -140,15 +140,15 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.generator.weight_decay = 0.0
   c.generator.clip = 10.0
   c.critic = c.generator.copy_and_resolve_references()
-  c.critic.learning_rate = 4e-4
+  c.critic.learning_rate = 6e-4
   c.ema_decay = 0.99
-  c.ema_start = 200  # updates of the generator
+  c.ema_start = 100  # updates of the generator
 
   c.devices = 1  # share the videos of a batch
   c.export_dtype = "bfloat16"  # of what is written at the end
 
-  c.log_every = 50
-  c.checkpoint_every = 1000
+  c.log_every = 20
+  c.checkpoint_every = 250
   c.keep_checkpoints = 2
 
   if size == "ti2v-5b":
@@ -158,7 +158,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     c.batch_size, c.steps, c.remat = 1, 10_000, "blocks"
     c.sampling.relative_rope, c.sampling.shift = False, 5.0
     c.scores.shift, c.scores.teacher_guidance = 5.0, 3.0
-    c.lora.rank = 128
+    c.lora.rank, c.ema_start, c.checkpoint_every = 128, 200, 1000
     c.generator.learning_rate, c.critic.learning_rate = 1e-5, 2e-6
   if size == "test":
     c.vae, c.text, c.dtype = "test", "test", "float32"

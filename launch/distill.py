@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from absl import app, flags
 from absl import logging as absl_logging
 from jax.sharding import PartitionSpec as P
@@ -55,6 +56,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   """Runs a distillation from start or checkpoint to its end; the last metrics."""
   # ------------------------------------------------------------------ settings
   sources, settings = check(config)
+  board = find_stories(config)
   mesh = meshes.training_mesh(config.devices)
   workdir = Path(config.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,6 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
   # ------------------------------------------------------------------ data
-  board = find_stories(config)
   arrays = board.arrays()
   # The encoder is read, run and gone before the other networks come.
   embeddings = text.embed_prompts(
@@ -137,10 +138,10 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 
     return jax.jit(step, donate_argnums=0)
 
-  first_step, *seldom = (program(i, kind) for i, kind in enumerate(kinds))
+  first_step, *later_steps = (program(i, kind) for i, kind in enumerate(kinds))
 
   # ------------------------------------------------------------------ resume
-  base = str(sources.dit.path) if config.lora.rank else ""
+  base = str(sources.dit.path)
   checkpoints = loop.Checkpoints(
     workdir / "checkpoints", config.keep_checkpoints, base
   )
@@ -156,8 +157,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     batch = meshes.shard_batch(next(batches), mesh)
     state, metrics = first_step(state, batch, fixed)
     if step % config.generator_every == 0:
-      for generator_step in seldom:
-        state, more = generator_step(state, batch, fixed)
+      for later_step in later_steps:
+        state, more = later_step(state, batch, fixed)
         metrics |= more
     return state, metrics
 
@@ -232,10 +233,11 @@ def check(
   remat.check(config.remat)
   settings = make_settings(config)
   make_optimizers(config)
-  if config.weights == "random":
-    raise ValueError("weights='random' cannot be distilled; give a folder")
   choice = networks.pick(networks.Choice, config) | {"steps": config.sampling.steps}
   sources = networks.find_all(networks.Choice(**choice))
+  for name in ("dit", "vae", "text"):
+    if getattr(sources, name).path is None:
+      raise ValueError(f"{name} has random weights, which cannot be used; set weights")
   check_adapter(config, sources)
   return sources, settings
 
@@ -277,7 +279,9 @@ def cuts_off(config: ml_collections.ConfigDict) -> bool:
   return config.rollout.max_chunks > config.scores.chunks
 
 
-def make_optimizers(config: ml_collections.ConfigDict):
+def make_optimizers(
+  config: ml_collections.ConfigDict,
+) -> tuple[optax.GradientTransformation, ...]:
   """The optimisers of generator and critic, each with a schedule of its own length."""
   every = 1 if config.mode == "ode" else config.generator_every
   updates = config.steps // every
@@ -309,6 +313,8 @@ def check_adapter(config: ml_collections.ConfigDict, sources: networks.Sources) 
   train_lora.check_layers(networks.abstract(sources.dit, config.dtype), settings)
   if config.init_lora:
     found = adapters.find(config.init_lora, sources.dit.config)
+    if found.weight != 1:
+      raise ValueError(f"init_lora={config.init_lora!r} must be a path, with no weight")
     if found.rank != settings.rank:
       raise ValueError(
         f"init_lora={config.init_lora!r} has rank {found.rank}, "
@@ -341,7 +347,8 @@ def init_generator(
     return networks.load(started, "float32")
   if not config.init_lora:
     return init_adapter(config, base, number=0)
-  given = lora.load_lora(config.init_lora, sources.dit.config.layers)
+  path = Path(config.init_lora).expanduser()
+  given = lora.load_lora(path, sources.dit.config.layers)
   return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), given)
 
 

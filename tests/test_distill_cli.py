@@ -185,7 +185,7 @@ def broken_lora(path, rank=2, width=64):
       "rollout.max_chunks=3 must be at most scores.chunks=2 with mode='ode'",
     ),
     ({"lora.layers": ("blocks/none",)}, "lora.layers cannot be used"),
-    ({"weights": "random"}, "weights='random' cannot be distilled"),
+    ({"weights": "random"}, "dit has random weights, which cannot be used"),
     ({"height": 33}, "height=33 must be a multiple of 32"),
   ],
 )
