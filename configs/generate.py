@@ -94,6 +94,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # Denoising.
   config.solver = "unipc"
   config.steps = 8
+  config.timesteps = ()  # of the steps, as (999.0, 750.0); none: the solver's own
   config.shift = 3.0
   config.guidance = 2.0
   config.negative_prompt = ""

@@ -47,11 +47,15 @@ def run(test, generate, videos=3, batch=2):
 def test_true_frames_score_one():
   scores = run("single", chunk_frames)
   assert scores.pop("drift") == 0
+  # 24 pixels to and fro in 48 frames is 2 a frame; around in a circle, 3.1.
+  assert 1.9 < scores.pop(eval_toy.PIXELS) < 3.2
   assert set(scores) == {"shape", "colour", "background", "motion", "all four"}
   assert set(scores.values()) == {1.0}
-  assert set(run("shots", chunk_frames, videos=2).values()) == {1.0}
+  scores = run("shots", chunk_frames, videos=2)
+  assert scores.pop(eval_toy.PIXELS) > 1.9
+  assert set(scores.values()) == {1.0}
   scores = run("minute", chunk_frames, videos=1)
-  assert scores.pop("drift") == 0
+  assert scores.pop("drift") == 0 and scores.pop(eval_toy.PIXELS) > 1.9
   assert set(scores.values()) == {1.0}
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.generate import schedule
+from longlive_jax.generate import sampler, schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "schedule"
 
@@ -149,6 +149,9 @@ def test_few_step_list_makes_a_table():
   for solver in schedule.SOLVERS:  # sigma 1 has an infinite log signal-to-noise ratio
     rows = schedule.solver_table_at(solver, listed).rows
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(rows))
+  times = tuple(listed[:-1].tolist())
+  chosen = sampler.Sampling(steps=4, solver="dpm++", timesteps=times).solver_table()
+  jax.tree.map(np.testing.assert_array_equal, chosen.rows, table.rows)
 
 
 def test_one_program_serves_all_solvers():

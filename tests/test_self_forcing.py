@@ -119,6 +119,13 @@ def _loss(latents):
   return jnp.mean(latents * normal(*latents.shape, seed=5)) + jnp.mean(latents**2)
 
 
+def compare_trees(found, want):
+  def compare(a, b):
+    np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(np.abs(b).max())))
+
+  jax.tree.map(compare, found, want)
+
+
 @pytest.mark.parametrize(
   ("through_cache", "gradient_frames"), [(False, 4), (True, -1)]
 )
@@ -143,10 +150,7 @@ def test_rollout_and_its_gradient(model, through_cache, gradient_frames):
   np.testing.assert_array_equal(cache.frame, last.frame)
   np.testing.assert_allclose(cache.k, last.k, atol=1e-4)
 
-  def compare(a, b):
-    np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(np.abs(b).max())))
-
-  jax.tree.map(compare, found, want)
+  compare_trees(found, want)
   assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found)) > 1e-3
 
 
@@ -166,6 +170,22 @@ def test_memory_of_the_detached_backward_pass_does_not_grow(model):
   # Twelve chunks more: their latents, noise and so on, but not a cache each.
   assert temporary(16, False) - temporary(4, False) < 12 * 6 * latents
   assert temporary(16, True) - temporary(4, True) > 12 * 0.9 * cache
+
+
+def test_chunks_are_cut_out_of_whole_videos(model):
+  wanted = _chunks(model)
+  whole = lambda x: np.concatenate(list(x), axis=1)  # noqa: E731
+  chunk = wanted.chunk
+  found = self_forcing.make_chunks(
+    model.config, PLAIN, noise=whole(chunk.noise), text=np.moveaxis(chunk.text, 0, 1),
+    context_noise=whole(wanted.context_noise), cuts=chunk.cut.T,
+    exit_step=wanted.exit_step, given=chunk.given[0, :, :1],
+  )  # fmt: skip
+  hide = lambda chunks: dataclasses.replace(  # noqa: E731
+    chunks, chunk=dataclasses.replace(chunks.chunk, given=0)
+  )
+  jax.tree.map(np.testing.assert_array_equal, hide(found), hide(wanted))
+  np.testing.assert_array_equal(found.chunk.given[0, :, 0], chunk.given[0, :, 0])
 
 
 def test_which_chunks_train():

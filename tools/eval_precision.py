@@ -18,6 +18,7 @@ only this file has: precision by denoising step, by age of the cached frame, by 
 import concurrent.futures
 import dataclasses
 import fnmatch
+import itertools
 import json
 import multiprocessing
 import os
@@ -319,16 +320,6 @@ def run(
   return Outcome(latents[:, : len(scenes)], found)
 
 
-def motion_amount(found: Sequence[Sequence[Detection]]) -> float:
-  """Pixels that the subject moves a frame, over all shots."""
-  speeds = [
-    np.linalg.norm(np.diff(detection.path, axis=0), axis=1)
-    for row in found
-    for detection in row
-  ]
-  return float(np.nanmean(np.concatenate(speeds)))
-
-
 def scores(
   scenes: Sequence[Scene], outcome: Outcome, baseline: Outcome
 ) -> dict[str, float]:
@@ -340,7 +331,11 @@ def scores(
   ]
   row = {name: float(np.mean([r[name] for r in right])) for name in right[0]}
   row["subject kept"] = eval_toy.score_identity(outcome.found)["subject kept"]
-  row["motion amount"] = motion_amount(outcome.found) / motion_amount(baseline.found)
+  moved, before = (
+    detectors.motion_amount(itertools.chain(*each.found))
+    for each in (outcome, baseline)
+  )
+  row["motion amount"] = moved / before
   for name, part in (("error, first", slice(1)), ("error, all", slice(None))):
     want = baseline.latents[part]
     row[name] = float(

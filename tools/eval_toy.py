@@ -18,6 +18,8 @@ run once more without sinks, to show what they do.
   python tools/eval_toy.py
   python tools/eval_toy.py --config.weights=outputs/train_toy/model \
       --config.vae_weights=outputs/toy_vae --config.steps=8 --config.guidance=3
+  python tools/eval_toy.py --config.loras=outputs/distill_toy_4/model/lora \
+      --config.steps=4 --config.guidance=1
 
 Networks and sampling are those of launch/generate.py: configs/generate.py:toy, with
 overrides as --config.NAME=VALUE; by default the networks that ship with the package.
@@ -27,6 +29,7 @@ The table is printed, and written with all settings to --out.
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import time
@@ -52,6 +55,7 @@ from longlive_jax.models.text import Tokenizer
 FOUR_SHOTS = (2, 2, 2, 2)  # chunks
 MINUTE = (4,) * 11 + (2,)  # 46 chunks: 1469 frames, 61 seconds
 TESTS = ("single", "shots", "minute")
+PIXELS = "motion, pixels a frame"
 
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -318,6 +322,11 @@ def score_later_shots(
   return {f"later {name}": _share(r[name] for r in right) for name in names}
 
 
+def motion_of(found: Sequence[Sequence[Detection]]) -> dict[str, float]:
+  """How far subjects move a frame: a small movement can still follow the right law."""
+  return {PIXELS: detectors.motion_amount(itertools.chain(*found))}
+
+
 def evaluate(
   test: str,
   generate_batch: Generate,
@@ -329,7 +338,7 @@ def evaluate(
   seed: int,
   back_references: bool = True,
 ) -> dict[str, float]:
-  """Runs one of TESTS; its scores by name, shares from 0 to 1."""
+  """Runs one of TESTS; its scores by name, all but drift and PIXELS from 0 to 1."""
   batch = min(batch, videos)
   if test == "single":
     scenes = [
@@ -339,7 +348,7 @@ def evaluate(
       for scene in toy_world.heldout_prompts(videos, seed)
     ]
     found = detect_shots(generate_batch, scenes, batch, pool)
-    return score_last_shot(scenes, found)
+    return score_last_shot(scenes, found) | motion_of(found)
   lengths = FOUR_SHOTS if test == "shots" else MINUTE
   first = seed * 1_000_000
   scenes = [
@@ -349,9 +358,11 @@ def evaluate(
   ends = (0, len(lengths) - 1) if test == "minute" else None
   found = detect_shots(generate_batch, scenes, batch, pool, ends)
   if test == "shots":
-    return score_identity(found) | score_later_shots(scenes, found)
-  kept = _share(detectors.same_identity(row[0], row[-1]) for row in found)
-  return score_last_shot(scenes, found) | {"subject kept": kept}
+    scores = score_identity(found) | score_later_shots(scenes, found)
+  else:
+    kept = _share(detectors.same_identity(row[0], row[-1]) for row in found)
+    scores = score_last_shot(scenes, found) | {"subject kept": kept}
+  return scores | motion_of(found)
 
 
 def _share(values: Iterable[bool]) -> float:
@@ -375,7 +386,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def _cell(name: str, value: float) -> str:
-  return f"{value:.3f}" if name == "drift" else f"{100 * value:.1f}%"
+  return f"{value:.3f}" if name in ("drift", PIXELS) else f"{100 * value:.1f}%"
 
 
 def main(argv: list[str]) -> None:

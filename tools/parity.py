@@ -42,7 +42,13 @@ Where the library's defaults differ from the reference:
   beside them. The reference has one scale a chunk, and subtracts the mean over channels
   from the new chunk's keys only. Options: Sampling.reference, kv_smoothing.
 - Activations of W4A4 have a tensor scale for every video of a batch. The reference has
-  one for all. Option: W4A4.per_sample."""
+  one for all. Option: W4A4.per_sample.
+- Distillation scores a noised chunk behind the video's own clean chunks, as the teacher
+  was trained, each chunk at a noise level of its own. The reference puts noised chunks
+  behind noised chunks, all at one level. Options: DistillSettings.teacher_forcing,
+  timesteps.
+- A chunk does not count in distillation if its first frame was encoded anew. The
+  reference leaves out the first chunk of every rollout that is not the shortest."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ For the frames of one shot, in this order:
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,6 +128,12 @@ def same_identity(first: Detection, other: Detection) -> bool:
     and first.shape == other.shape
     and first.colour == other.colour
   )
+
+
+def motion_amount(found: Iterable[Detection]) -> float:
+  """Pixels that the subject moves a frame, over all shots where it is visible."""
+  speeds = [np.linalg.norm(np.diff(shot.path, axis=0), axis=1) for shot in found]
+  return float(np.nanmean(np.concatenate(speeds)))
 
 
 def _unit_range(frames: np.ndarray) -> np.ndarray:

@@ -302,17 +302,18 @@ def render_shot(subject: Subject, shot: Shot, frames: int) -> np.ndarray:
 # ---------------------------------------------------------------- writing a data set
 
 
-def write_clip(out: str | Path, name: str, scene: Scene) -> None:
-  """Writes videos/<name>.mp4 and caption/<name>/ under `out`.
+def write_clip(out: str | Path, name: str, scene: Scene, video: bool = True) -> None:
+  """Writes videos/<name>.mp4 (if `video`) and caption/<name>/ under `out`.
 
   shot_durations.txt comes last and at once: where it exists the clip is complete.
   """
-  video = Path(out) / "videos" / f"{name}.mp4"
+  file = Path(out) / "videos" / f"{name}.mp4"
   captions = Path(out) / "caption" / name
-  video.parent.mkdir(parents=True, exist_ok=True)
   captions.mkdir(parents=True, exist_ok=True)
-  with VideoWriter(video, fps=FPS, crf=13, preset="superfast") as writer:
-    writer.append(render(scene))
+  if video:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with VideoWriter(file, fps=FPS, crf=13, preset="superfast") as writer:
+      writer.append(render(scene))
   for i, shot in enumerate(scene.shots):
     (captions / f"{i}.json").write_text(json.dumps({"caption": shot.caption}) + "\n")
   durations = ", ".join(str(shot.chunks) for shot in scene.shots)
@@ -322,17 +323,24 @@ def write_clip(out: str | Path, name: str, scene: Scene) -> None:
 
 
 def write_dataset(
-  out: str | Path, clips: int, *, chunks: int = 12, workers: int = 1, seed: int = 0
+  out: str | Path,
+  clips: int,
+  *,
+  chunks: int = 12,
+  workers: int = 1,
+  seed: int = 0,
+  video: bool = True,
 ) -> int:
   """Writes `clips` training clips; returns how many were missing and so written.
 
   Clip i is `training_scene(seed * 1_000_000 + i)`, whatever the number of workers.
+  Without `video` only captions are written, to a folder that is for captions only.
   """
   jobs = []
   for i in range(clips):
     name = f"{seed:03d}_{i:06d}"
     if not (Path(out) / "caption" / name / "shot_durations.txt").exists():
-      jobs.append((str(out), name, seed * 1_000_000 + i, chunks))
+      jobs.append((str(out), name, seed * 1_000_000 + i, chunks, video))
   if workers <= 1:
     for job in jobs:
       _write_job(job)
@@ -345,9 +353,9 @@ def write_dataset(
   return len(jobs)
 
 
-def _write_job(job: tuple[str, str, int, int]) -> None:
-  out, name, seed, chunks = job
-  write_clip(out, name, training_scene(seed, chunks))
+def _write_job(job: tuple[str, str, int, int, bool]) -> None:
+  out, name, seed, chunks, video = job
+  write_clip(out, name, training_scene(seed, chunks), video)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -360,14 +368,18 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--chunks", type=int, default=12, help="chunks of a clip")
   parser.add_argument("--workers", type=int, default=os.cpu_count())
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--captions", action="store_true", help="no videos, for launch/distill.py"
+  )
   args = parser.parse_args(argv)
   for name in ("clips", "chunks", "workers"):
     if getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   began = time.perf_counter()
   written = write_dataset(
-    args.out, args.clips, chunks=args.chunks, workers=args.workers, seed=args.seed
-  )
+    args.out, args.clips, chunks=args.chunks, workers=args.workers, seed=args.seed,
+    video=not args.captions,
+  )  # fmt: skip
   seconds = time.perf_counter() - began
   sys.stdout.write(
     f"{written} clips written, {args.clips - written} already there, "

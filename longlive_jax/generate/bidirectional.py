@@ -28,7 +28,7 @@ def sample(
     clean latents float32 (b, f, y, x, c).
   """
   b, f = noise.shape[:2]
-  table = schedule.solver_table(sampling.solver, sampling.steps, sampling.shift)
+  table = sampling.solver_table()
   times = dit.time_features(table.timesteps, model.config.freq_dim)
 
   def velocity(latents, features):

@@ -49,6 +49,7 @@ class Sampling:
       pass (needs multi_shot_sink).
     guidance: classifier-free guidance scale; 1 turns the negative pass off.
     steps, shift, solver: see generate/schedule.py.
+    timesteps: of the steps, falling; none are the solver's own.
     independent_first_frame: the first chunk is a single frame.
     kv_format, kv_smoothing, kv_rule: what the cache stores, see layers/kv_slots.py.
     attention_format: '', or 'fp8': attention to a full window multiplies in 8 bits,
@@ -72,6 +73,7 @@ class Sampling:
   steps: int = 4
   shift: float = 5.0
   solver: str = "unipc"
+  timesteps: tuple[float, ...] = ()
   independent_first_frame: bool = False
   kv_format: str = ""
   kv_smoothing: str = "token_mean"
@@ -104,10 +106,13 @@ class Sampling:
       raise ValueError("clean_recache=True needs multi_shot_sink=True")
     if not np.isfinite(self.guidance):
       raise ValueError(f"guidance={self.guidance} must be a number; 1 turns it off")
-    schedule.solver_table(self.solver, self.steps, self.shift)  # checks all three
+    self.solver_table()  # checks what it reads
     kv_slots.KVFormat(self.kv_format, self.kv_smoothing, self.kv_rule)  # and these
     sequence.check_format(self.exchange_format)
     fp8_attention.by_format(self.attention_format)
+
+  def solver_table(self) -> schedule.SolverTable:
+    return schedule.solver_table(self.solver, self.steps, self.shift, self.timesteps)
 
   @property
   def global_sink_frames(self) -> int:
@@ -371,7 +376,7 @@ def denoise_chunk(
   """
   rows = functools.partial(_rows, sampling=sampling, layout=layout)
   config = model.config
-  table = schedule.solver_table(sampling.solver, sampling.steps, sampling.shift)
+  table = sampling.solver_table()
   times = dit.time_features(np.append(table.timesteps, 0.0), config.freq_dim)
   known = chunk.known[:, :, None, None, None]
 

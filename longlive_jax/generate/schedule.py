@@ -188,13 +188,23 @@ class SolverTable:
     return len(self.timesteps)
 
 
-def solver_table(name: str, steps: int, shift: float) -> SolverTable:
-  """The standard times of a solver with `steps` steps and its weights.
+def solver_table(
+  name: str, steps: int, shift: float, timesteps: Sequence[float] = ()
+) -> SolverTable:
+  """The standard times of a solver with `steps` steps, or given ones, and its weights.
 
   Raises:
-    ValueError: unknown solver name, steps < 1 or shift <= 0.
+    ValueError: unknown solver name, steps < 1 or shift <= 0; timesteps that are not as
+      many as steps, or as for `solver_table_at`.
   """
   _check_solver(name)
+  if timesteps:
+    if len(timesteps) != steps:
+      raise ValueError(
+        f"timesteps={tuple(timesteps)} are {len(timesteps)}, steps={steps}; give as "
+        "many, or none for the solver's own"
+      )
+    return solver_table_at(name, timesteps)
   sigmas = flow_sigmas(steps, shift)
   if name == "unipc":
     base = np.linspace(_UNIPC_SIGMA_MAX, 0.0, steps + 1)[:-1]

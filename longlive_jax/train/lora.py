@@ -60,12 +60,16 @@ def find_base(settings: LoraSettings, folder: str, size: str) -> networks.Source
     )
   precision = Precision(settings.precision)
   source = networks.find("dit", size, Path(folder) / "dit", precision=precision)
-  network = networks.abstract(source, "float32")
+  check_layers(networks.abstract(source, "float32"), settings)
+  return source
+
+
+def check_layers(network: dit.CausalDiT, settings: LoraSettings) -> None:
+  """Raises ValueError for patterns that match no layer; the network may be abstract."""
   try:
     jax.eval_shape(lambda key: init_lora(network, settings, key), jax.random.key(0))
   except ValueError as error:
     raise ValueError(f"lora.layers cannot be used: {error}") from error
-  return source
 
 
 def init_lora(network: dit.CausalDiT, settings: LoraSettings, key: jax.Array) -> Lora:

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from longlive_jax.checkpoint.lora import Lora, attach_lora
 from longlive_jax.generate import sampler, schedule
 from longlive_jax.generate.sampler import ChunkInputs, Sampling
-from longlive_jax.layers import kv_cache
+from longlive_jax.layers import kv_cache, rope
 from longlive_jax.models import dit
 
 Array = jax.Array
@@ -101,11 +102,65 @@ def trains(frames: np.ndarray, settings: RolloutSettings) -> np.ndarray:
   return first >= end - settings.gradient_frames
 
 
+def make_chunks(
+  config: dit.WanConfig,
+  settings: RolloutSettings,
+  *,
+  noise: Array,
+  context_noise: Array,
+  text: Array,
+  cuts: Array,
+  exit_step: Array,
+  given: Array,
+) -> RolloutChunks:
+  """The inputs of a rollout from those of whole videos.
+
+  Args:
+    config: of the generator.
+    settings: static.
+    noise, context_noise: (b, f, y, x, c).
+    text: prompt embeddings (b, chunks, k, text_dim).
+    cuts: bool (b, chunks). exit_step: int32 (chunks,).
+    given: first frames (b, g, y, x, c), none for text-to-video.
+  """
+  (b, total), sampling = noise.shape[:2], settings.sampling
+  count = text.shape[1]
+
+  def by_chunk(x: Array) -> Array:  # (b, f, ...) -> (chunks, b, n, ...)
+    return jnp.moveaxis(x.reshape(b, count, -1, *x.shape[2:]), 1, 0)
+
+  frames = np.arange(total, dtype=np.int32)
+  # Angles need float64, so all that can occur are made on the host.
+  offsets = np.arange(count) * sampling.shot_rope_offset
+  positions = dit.temporal_positions(frames[:, None], offsets, sampling.t_scale)
+  table = rope.temporal_rotation(positions, config.head_dim)  # (f, shots, pairs)
+  shot = jnp.repeat(jnp.cumsum(cuts, axis=1), total // count, axis=1)  # (b, f)
+  temporal = jax.tree.map(lambda part: by_chunk(jnp.asarray(part)[frames, shot]), table)
+  frames = np.broadcast_to(frames, (b, total))
+  known = frames < given.shape[1]
+  later = total - given.shape[1]
+  given = jnp.pad(given, [(0, 0), (0, later), (0, 0), (0, 0), (0, 0)])
+  chunk = ChunkInputs(
+    noise=by_chunk(noise),
+    text=jnp.moveaxis(text, 1, 0),
+    negative=None,
+    frames=by_chunk(frames),
+    temporal=temporal,
+    cut=cuts.T,
+    known=by_chunk(known),
+    given=by_chunk(given),
+  )
+  in_chunks = np.moveaxis(frames.reshape(b, count, -1), 1, 0)
+  trained = jnp.asarray(trains(in_chunks, settings))
+  return RolloutChunks(chunk, exit_step, by_chunk(context_noise), trained)
+
+
 def rollout(
   model: dit.CausalDiT,
   cache: kv_cache.KVCache,
   chunks: RolloutChunks,
   settings: RolloutSettings,
+  adapter: Lora | None = None,
 ) -> tuple[Array, kv_cache.KVCache]:
   """Generates a training sample; differentiable in the model.
 
@@ -114,13 +169,21 @@ def rollout(
     cache: empty, or of frames that are given.
     chunks: their inputs; every chunk has the same length.
     settings: static.
+    adapter: of the generator, beside the model. It alone is differentiable then: no
+      derivative of a weight of the model, which may be quantised, is made.
 
   Returns:
     clean latents (chunks, b, f, y, x, c) float32, and the cache after the last one.
   """
+  trained, fixed = (model, None) if adapter is None else (adapter, model)
   if settings.through_cache:
+    model = _generator(trained, fixed)
     return _through_cache(model, cache, chunks, settings)
-  return _detached(model, cache, chunks, settings)
+  return _detached(trained, fixed, cache, chunks, settings)
+
+
+def _generator(trained, fixed):
+  return trained if fixed is None else attach_lora(fixed, trained)
 
 
 def _through_cache(model, cache, chunks, settings):
@@ -139,8 +202,10 @@ def _through_cache(model, cache, chunks, settings):
   return latents, cache
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _detached(model, cache, chunks, settings):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _detached(trained, fixed, cache, chunks, settings):
+  model = _generator(trained, fixed)
+
   def step(cache, inputs):
     start = _until_exit(model, cache, inputs, settings)
     latents, _ = _exit(model, cache, inputs, start, settings)
@@ -150,13 +215,15 @@ def _detached(model, cache, chunks, settings):
   return latents, cache
 
 
-def _detached_forward(model, cache, chunks, settings):
-  return _detached(model, cache, chunks, settings), (model, cache, chunks)
+def _detached_forward(trained, fixed, cache, chunks, settings):
+  found = _detached(trained, fixed, cache, chunks, settings)
+  return found, (trained, fixed, cache, chunks)
 
 
 def _detached_backward(settings, saved, cotangents):
   """Replays the rollout and adds up the derivatives of its chunks."""
-  model, cache, chunks = saved
+  trained, fixed, cache, chunks = saved
+  model = _generator(trained, fixed)
   slopes, _ = cotangents  # of the latents; the cache passes none on
 
   def step(carry, inputs):
@@ -164,21 +231,22 @@ def _detached_backward(settings, saved, cotangents):
     inputs, slope = inputs
     start = _until_exit(model, cache, inputs, settings)
 
-    def latents_of(model):
-      return _exit(model, cache, inputs, start, settings)[0]
+    def latents_of(trained):
+      generator = _generator(trained, fixed)
+      return _exit(generator, cache, inputs, start, settings)[0]
 
     def derive(_):
-      latents, pull = jax.vjp(latents_of, model)
+      latents, pull = jax.vjp(latents_of, trained)
       return latents, jax.tree.map(jnp.add, total, pull(slope)[0])
 
     latents, total = lax.cond(
-      inputs.trains, derive, lambda _: (latents_of(model), total), None
+      inputs.trains, derive, lambda _: (latents_of(trained), total), None
     )
     return (_remember(model, cache, inputs, latents, settings), total), None
 
-  zeros = jax.tree.map(jnp.zeros_like, model)
+  zeros = jax.tree.map(jnp.zeros_like, trained)
   (_, total), _ = lax.scan(step, (cache, zeros), (chunks, slopes))
-  return total, None, None
+  return total, None, None, None
 
 
 _detached.defvjp(_detached_forward, _detached_backward)
@@ -190,7 +258,7 @@ _detached.defvjp(_detached_forward, _detached_backward)
 def _until_exit(model, cache, inputs, settings) -> Array:
   """The sample (b, f, y, x, c) that the exit step starts from; without gradient."""
   model, cache = lax.stop_gradient((model, cache))
-  chunk, table = inputs.chunk, _table(settings)
+  chunk, table = inputs.chunk, settings.sampling.solver_table()
   text, placements = _text(model, chunk), _placements(cache, chunk)
 
   def step(i, state):
@@ -208,7 +276,7 @@ def _until_exit(model, cache, inputs, settings) -> Array:
 
 def _exit(model, cache, inputs, start, settings):
   """The chunk's clean latents as predicted from `start`, and its keys and values."""
-  chunk, table, i = inputs.chunk, _table(settings), inputs.exit_step
+  chunk, table, i = inputs.chunk, settings.sampling.solver_table(), inputs.exit_step
   velocity, kept = _pass(
     model, cache, _at(_placements(cache, chunk), i), lax.stop_gradient(start),
     _times(model, chunk, i, settings), _text(model, chunk), chunk, settings,
@@ -262,14 +330,10 @@ def _pass(model, cache, placement, latents, time, text, chunk, settings, *, keep
   )
 
 
-def _table(settings: RolloutSettings) -> schedule.SolverTable:
-  s = settings.sampling
-  return schedule.solver_table(s.solver, s.steps, s.shift)
-
-
 def _times(model, chunk, i, settings) -> Array:
   """Time features (b, f, freq_dim) of solver step i."""
-  features = dit.time_features(_table(settings).timesteps, model.config.freq_dim)
+  timesteps = settings.sampling.solver_table().timesteps
+  features = dit.time_features(timesteps, model.config.freq_dim)
   return _known_or(chunk, jnp.asarray(features)[i], model)
 
 

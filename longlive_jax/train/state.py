@@ -19,7 +19,7 @@ class TrainState:
   Attributes:
     step: () int32, updates made.
     params: network modules (a module or a dict of them), float32 master weights.
-    ema: exponential moving average of params, same structure.
+    ema: exponential moving average of params, same structure, or None.
     opt_state: of the optimiser.
     errors: of error recycling, or None.
   """
@@ -94,11 +94,13 @@ def init_state(
   params: Any,
   optimizer: optax.GradientTransformation,
   errors: ErrorBuffers | None = None,
+  *,
+  average: bool = True,
 ) -> TrainState:
   """State at step 0, on the first device of each process."""
   # Committed to its device, as a restored state is: else resuming would compile
   # another program, which on a GPU may round differently.
-  state = fresh_state(params, optimizer, errors)
+  state = fresh_state(params, optimizer, errors, average=average)
   return jax.device_put(state, jax.local_devices()[0])
 
 
@@ -106,12 +108,15 @@ def fresh_state(
   params: Any,
   optimizer: optax.GradientTransformation,
   errors: ErrorBuffers | None = None,
+  *,
+  average: bool = True,
 ) -> TrainState:
   """State at step 0; inside jit, wherever that puts its outputs."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema=jax.tree.map(jnp.copy, params),  # own buffers: the state is donated
+    # Own buffers: the state is donated.
+    ema=jax.tree.map(jnp.copy, params) if average else None,
     opt_state=optimizer.init(params),
     errors=errors,
   )
@@ -122,12 +127,14 @@ def update(
   gradients: Any,
   optimizer: optax.GradientTransformation,
   *,
-  ema_decay: float,
+  ema_decay: float = 0.0,
   ema_start: int = 0,
 ) -> TrainState:
-  """Applies gradients; before step `ema_start` the average simply follows."""
+  """Applies gradients; before step `ema_start` the average, if any, simply follows."""
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  if state.ema is None:
+    return TrainState(state.step + 1, params, None, opt_state, state.errors)
   decay = jnp.where(state.step < ema_start, 0.0, ema_decay)
   # Written as a step towards params: old + (1 - decay) * difference keeps the small
   # increments that decay * old + (1 - decay) * new would round away.

@@ -66,42 +66,26 @@ def _settings(case: Case) -> self_forcing.RolloutSettings:
 
 
 def _chunks(case, model, settings, noise) -> self_forcing.RolloutChunks:
-  inputs, sampling = case.inputs, settings.sampling
-  b, total = noise.shape[:2]
+  inputs, (b, total) = case.inputs, noise.shape[:2]
   exits = np.asarray(case.setting("exit_steps"), np.int32)
   if case.setting("same_exit_step", False):
     exits = np.full_like(exits, exits[0])
-  count, n = len(exits), sampling.frames_per_chunk
-  frames = np.broadcast_to(
-    np.arange(total, dtype=np.int32).reshape(count, 1, n), (count, b, n)
-  )
-  cut = np.zeros((count, b), bool)
-  cut[list(case.setting("cut_chunks", []))] = True
-  temporal = [
-    sampler.chunk_temporal(model.config, sampling, f, shot)
-    for f, shot in zip(frames, np.cumsum(cut, axis=0), strict=True)
-  ]
+  count = len(exits)
+  cuts = np.zeros((b, count), bool)
+  cuts[:, list(case.setting("cut_chunks", []))] = True
   text = np.broadcast_to(inputs["context"], (count, *inputs["context"].shape[1:]))
-  given, known = np.zeros_like(noise), np.zeros((b, total), bool)
-  if "initial_latent" in inputs:
-    initial = channels_last(inputs["initial_latent"], 2)
-    given[:, : initial.shape[1]] = initial
-    known[:, : initial.shape[1]] = True
-  chunk = sampler.ChunkInputs(
-    noise=_by_chunk(noise, case),
-    text=np.repeat(text[:, None], b, axis=1),
-    negative=None,
-    frames=frames,
-    temporal=jax.tree.map(lambda *a: np.stack(a), *temporal),
-    cut=cut,
-    known=_by_chunk(known, case),
-    given=_by_chunk(given, case),
-  )
-  return self_forcing.RolloutChunks(
-    chunk=chunk,
+  # Of each chunk, the same for all samples.
+  again = channels_last(inputs["context_noise"], 2)
+  initial = inputs.get("initial_latent")
+  return self_forcing.make_chunks(
+    model.config,
+    settings,
+    noise=noise,
+    context_noise=np.broadcast_to(again.reshape(total, *noise.shape[2:]), noise.shape),
+    text=np.repeat(text[None], b, axis=0),
+    cuts=cuts,
     exit_step=exits,
-    context_noise=channels_last(inputs["context_noise"], 2)[:, None],
-    trains=self_forcing.trains(frames, settings),
+    given=noise[:, :0] if initial is None else channels_last(initial, 2),
   )
 
 
