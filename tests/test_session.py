@@ -184,6 +184,38 @@ def test_a_rewound_session_goes_on_as_it_did(engine):
   assert other.made == straight.made[:6]
 
 
+def random_commands(rng):
+  """Up to three, of any kind but a rewind; whoever sends them thinks twice."""
+  texts = (RED, BLUE, GREEN)
+  rules = ("none", "last:1", "last:3", "window", "window+sinks", "blend:2", "blend:3")
+  picture = rng.integers(0, 255, (9, 9, 3), np.uint8)
+  kinds = (
+    lambda text: Prompt(text, recache.parse(rules[rng.integers(len(rules))])),
+    Cut,
+    lambda text: Image(picture, text),
+    lambda text: Pause(),
+  )
+  told = [
+    kinds[rng.choice(4, p=(0.6, 0.2, 0.1, 0.1))](texts[rng.integers(3)])
+    for _ in range(rng.integers(4))
+  ]
+  return (*told, Resume(), 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_it_was_told_it_can_be_rewound_to_any_chunk(plain, seed):
+  rng = np.random.default_rng(seed)
+  plans = [random_commands(rng) for _ in range(9)]
+  session, want = fresh(plain, *(step for plan in plans for step in plan))
+  straight = sessions.branch(plain, session)
+  for chunk in rng.permutation(np.arange(session.oldest, 9))[:3]:
+    rest = (step for plan in plans[chunk:] for step in plan)
+    session, found = play(plain, session, Rewind(int(chunk)), *rest)
+    assert_same(found, want[chunk:])
+    same_state(session, straight)
+    assert session.made == straight.made and session.script == straight.script
+
+
 def test_a_branch_does_not_change_its_parent(engine):
   want = fresh(engine, 3, Prompt(BLUE), 3)[1]
   parent, before = fresh(engine, 3, Prompt(BLUE), 1)
