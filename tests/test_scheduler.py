@@ -291,9 +291,9 @@ def test_a_session_that_cannot_be_made_is_not_there(scheduler):
 
 def test_who_has_ended_answers_nobody(scheduler):
   add(scheduler, "a")
-  first, gone, late = (
-    scheduler.command("a", Pause()), scheduler.remove("a"), scheduler.snapshot("a")
-  )  # fmt: skip
+  first, gone = scheduler.command("a", Pause()), scheduler.remove("a")
+  late, given_up = scheduler.snapshot("a"), scheduler.snapshot("a")
+  assert given_up.cancel()
   scheduler.drain()
   assert first.result() is None and gone.result().paused
   with pytest.raises(ValueError, match="session 'a' has ended"):

@@ -308,7 +308,8 @@ class Scheduler:
             future.set_exception(error)
         if self._entries.get(name) is not entry:
           for _, late in entry.waiting:  # nothing joins them: it is not there any more
-            late.set_exception(ValueError(f"session {name!r} has ended"))
+            if late.set_running_or_notify_cancel():
+              late.set_exception(ValueError(f"session {name!r} has ended"))
           break
     return out
 
