@@ -485,6 +485,9 @@ def test_the_past_is_bounded(plain):
     kept = [(o.k, o.v) for o in written], [each.latents for each in past.latents]
     sizes.append(sum(a.nbytes for a in jax.tree.leaves(kept)))
     assert len(past.steps) <= 4 and tables < 1000
+  # The start of the shot is there, what came long before it is not.
+  start = session.script.shot_start
+  assert past.of(start).shape == (1, N, 2, 2, 8) and past.of(1) is None
   # Beyond those that are counted, of latents the starts of shots.
   shots, chunk = 5, past.latents[0].latents.nbytes
   assert most["history"] <= max(sizes) <= most["history"] + shots * chunk

@@ -87,6 +87,11 @@ class History:
       ),
     )
 
+  def of(self, chunk: int) -> np.ndarray | None:
+    """Latents (1, f, y, x, c) of a chunk on the host, waited for; None: not kept."""
+    found = [each.latents for each in self.latents if each.chunk == chunk]
+    return jax.device_get(found[0]) if found else None
+
 
 @functools.partial(jax.jit, static_argnums=3)
 def look(cache: KVCache, frames: Array, cut: Array, sampling: Sampling) -> Overwritten:
