@@ -16,6 +16,7 @@ Chunks of earlier shots, and so the global sink of later shots, keep their promp
 """
 
 import dataclasses
+from collections.abc import Collection
 
 KINDS = ("none", "last", "window", "window+sinks", "blend")
 MOST_CHUNKS = 16  # of last and blend
@@ -69,7 +70,7 @@ def parse(text: str) -> Recache:
 
 
 def chunks_to_rewrite(
-  rule: Recache, remembered: list[int], shot_start: int, sinks: int
+  rule: Recache, remembered: Collection[int], shot_start: int, sinks: int
 ) -> list[int]:
   """Which chunks a rule computes again, ascending.
 
