@@ -193,11 +193,11 @@ def run(
       logs = step % log_every == 0 or step == steps
       saves = step % checkpoint_every == 0 or step == steps
       asks = logs or saves or step % stop_every == 0
-      stopping = meshes.any_process(bool(stop), ask=asks)
       try:
         if logs:
           line = metrics_log.write(step)
-        elif saves or stopping:
+        stopping = meshes.any_process(bool(stop), ask=asks)
+        if saves or stopping:
           metrics_log.check()
       except FloatingPointError:
         checkpoints.wait()
