@@ -201,10 +201,11 @@ def run(
           metrics_log.check()
       except FloatingPointError:
         checkpoints.wait()
-        failed = Checkpoints(checkpoints.folder.with_name("failed"), 1)
+        folder = checkpoints.folder.with_name("failed")
+        failed = Checkpoints(folder, 1, checkpoints.base)
         failed.save(step, state, position())
         failed.wait()
-        log.error("the state after step %d is kept in %s", step, failed.folder)
+        log.error("the state after step %d is kept in %s", step, folder)
         raise
       if logs:
         report = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
