@@ -130,13 +130,14 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     )
   else:
     params, base = init_params(config, dit_config, text_config), {}
+    if config.train_text == "frozen":  # no gradient, average or moments of it
+      base = {"text": params.pop("text")}
+    params = train_state.cast(params, jnp.float32)
   for name, network in params.items():
     count = sum(a.size for a in jax.tree.leaves(network))
     log.info("%s: %.2f million parameters", name, count / 1e6)
-  frozen = None
-  if config.train_text == "frozen" and not base:
-    frozen = {"dit": False, "text": True}
-  optimizer = train_state.make_optimizer(optimizer_settings, frozen)
+  base = meshes.spread(base, meshes.last_axis_specs(base, mesh), mesh)
+  optimizer = train_state.make_optimizer(optimizer_settings)
   errors = None
   if recycling.buckets:
     begin = batches.get_state()
@@ -145,9 +146,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     errors = recycle.init_buffers(
       recycling, (frames_per_chunk, *frame_shape), jnp.dtype(config.dtype)
     )
-  state = train_state.init_state(params, optimizer, errors)
+  state = train_state.init_state_on(mesh, params, optimizer, errors)
   specs = meshes.last_axis_specs(state, mesh)
-  state = meshes.spread(state, specs, mesh)
 
   # ------------------------------------------------------------------ one step
   loss_fn = train_step.make_loss(dit_config, how, mesh)
@@ -199,7 +199,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     if adapter.rank:
       train_lora.export(state.ema, workdir / "model", "launch/train.py", config.init)
     else:
-      export(state, tokenizer, workdir / "model", config.export_dtype)
+      trained = {**base, **state.ema}
+      export(trained, tokenizer, workdir / "model", config.export_dtype)
     log.info("wrote %s", workdir / "model")
   return line
 
@@ -338,14 +339,13 @@ def init_params(
   dit_config: dit.WanConfig,
   text_config: umt5.UMT5Config,
 ) -> dict[str, nnx.Module]:
-  """Both networks in float32, random or from `config.init`."""
+  """Both networks, random in float32 or as they are in `config.init`."""
   if config.init:
     folder = Path(config.init)
-    params = {
+    return {
       "dit": store.load_dit(folder / "dit"),
       "text": store.load_umt5(folder / "text"),
     }
-    return train_state.cast(params, jnp.float32)
 
   @jax.jit  # one program instead of one for every shape
   def init(key):
@@ -359,11 +359,11 @@ def init_params(
 
 
 def export(
-  state: train_state.TrainState, tokenizer: Tokenizer, folder: Path, dtype: str
+  trained: dict[str, nnx.Module], tokenizer: Tokenizer, folder: Path, dtype: str
 ) -> None:
-  """Writes the averaged weights as inference checkpoints, and the tokenizer."""
+  """Writes both networks as inference checkpoints, and the tokenizer."""
   folder.mkdir(parents=True, exist_ok=True)
-  for name, network in train_state.cast(state.ema, dtype).items():
+  for name, network in train_state.cast(trained, dtype).items():
     store.save_network(folder / name, network, source="launch/train.py", overwrite=True)
   if jax.process_index() == 0:
     shutil.copyfile(tokenizer.path, folder / "tokenizer.json")

@@ -138,7 +138,7 @@ print(json.dumps({"devices": jax.device_count()}))
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen:
-  paths = [str(ROOT / "tests"), str(ROOT)]
+  paths = [str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT)]
   code = f"import sys\nsys.path[:0] = {paths!r}\n{SETUP}\n{code}"
   return subprocess.Popen(
     [sys.executable, "-c", code, *map(str, arguments)],
@@ -182,7 +182,7 @@ def test_a_run_on_other_devices_and_processes(folder, tmp_path):  # noqa: F811
 
   Each process reads samples of its own, and a device encodes a span of them.
   """
-  config = vae.VAEConfig(dim=4, dec_dim=4, z_dim=8, num_res_blocks=1)
+  config = vae.VAEConfig(2, 2, 8, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
   store.save_network(folder / "small_vae", random_network("vae", config, 0))
   many, one = tmp_path / "many", tmp_path / "one"
   with socket.socket() as free:
@@ -205,6 +205,11 @@ def test_a_run_on_other_devices_and_processes(folder, tmp_path):  # noqa: F811
     # Adam divides by the root of a square: tiny gradients make large differences.
     atol = 1e-3 * np.abs(value).max()
     np.testing.assert_allclose(found[name], value, atol=atol, err_msg=name)
+  # The frozen encoder is no part of the state, and leaves as it came.
+  assert not any(".text." in name for name in want)
+  want, got = (store.load(path / "model" / "text") for path in (one, many))
+  for name, value in want.items():
+    np.testing.assert_array_equal(got[name], value, err_msg=name)
   exported = store.load(many / "model" / "dit")
   np.testing.assert_array_equal(
     exported["blocks.ffn.fc1.weight"], found["ema.dit.blocks.ffn.fc1.weight"]

@@ -7,7 +7,8 @@ prints a table and writes JSON. A case is a length with each of --precisions, --
 --remat, --layers and --encode. The step is that of launch/train.py, float32 master
 weights included, on all devices (or --devices). Prompts are embedded beforehand, one
 for each chunk, and videos lie on the devices, so neither the text encoder nor a disk is
-measured. A case that does not fit into memory says so, and the next one follows.
+measured. A case that does not fit into memory says so, and the next one follows. JAX
+takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
 
   --what=step       loss, gradients, AdamW, average. The 5B model needs 100 GB for its
                     state and gradients, shared by the devices.

@@ -193,18 +193,19 @@ def run(
       logs = step % log_every == 0 or step == steps
       saves = step % checkpoint_every == 0 or step == steps
       asks = logs or saves or step % stop_every == 0
-      stopping = meshes.any_process(bool(stop), ask=asks)
       try:
         if logs:
           line = metrics_log.write(step)
-        elif saves or stopping:
+        stopping = meshes.any_process(bool(stop), ask=asks)
+        if saves or stopping:
           metrics_log.check()
       except FloatingPointError:
         checkpoints.wait()
-        failed = Checkpoints(checkpoints.folder.with_name("failed"), 1)
+        folder = checkpoints.folder.with_name("failed")
+        failed = Checkpoints(folder, 1, checkpoints.base)
         failed.save(step, state, position())
         failed.wait()
-        log.error("the state after step %d is kept in %s", step, failed.folder)
+        log.error("the state after step %d is kept in %s", step, folder)
         raise
       if logs:
         report = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)

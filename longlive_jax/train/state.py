@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.quant.weights import is_packed
 from longlive_jax.train.recycle import ErrorBuffers
 
@@ -72,11 +74,8 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
   )
 
 
-def make_optimizer(
-  settings: OptimizerSettings, frozen: Any = None
-) -> optax.GradientTransformation:
-  """The optimiser; `frozen` is a tree prefix of params, true where nothing changes."""
-  optimizer = optax.chain(
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+  return optax.chain(
     optax.clip_by_global_norm(settings.clip),
     optax.adamw(
       learning_rate(settings),
@@ -85,9 +84,29 @@ def make_optimizer(
       weight_decay=settings.weight_decay,
     ),
   )
-  if frozen is None:
-    return optimizer
-  return optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen))
+
+
+def init_state_on(
+  mesh: Mesh | None,
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  errors: ErrorBuffers | None = None,
+) -> TrainState:
+  """State at step 0, split over a mesh as `mesh.last_axis_specs` says.
+
+  Averages and moments are made where they belong: one device has no room for all.
+  """
+  if mesh is None:
+    return init_state(params, optimizer, errors)
+
+  def fresh(params: Any, errors: ErrorBuffers | None) -> TrainState:
+    return fresh_state(params, optimizer, errors)
+
+  given = params, errors
+  given = meshes.spread(given, meshes.last_axis_specs(given, mesh), mesh)
+  specs = meshes.last_axis_specs(jax.eval_shape(fresh, *given), mesh)
+  places = jax.tree.map(lambda spec: meshes.sharding(mesh, spec), specs)
+  return jax.jit(fresh, out_shardings=places, donate_argnums=0)(*given)
 
 
 def init_state(
