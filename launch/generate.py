@@ -43,6 +43,7 @@ from ml_collections import config_flags
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import (
   adapters,
+  bidirectional,
   decoding,
   networks,
   on_mesh,
@@ -462,7 +463,7 @@ def sample_clip(model, video_vae, story, sampling, config, shape) -> np.ndarray:
   negative = None
   if sampling.branches == 2:
     negative = np.broadcast_to(story.negative, prompt.shape)
-  program = jax.jit(sampler.sample_bidirectional, static_argnums=4)
+  program = jax.jit(bidirectional.sample, static_argnums=4)
   latents = program(model, noise, prompt, negative, sampling)
   if not np.isfinite(latents).all():
     raise FloatingPointError("chunk=0: the clip has latents that are not finite")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from random_weights import normal, random_dit
 
-from longlive_jax.generate import sampler, step_models
+from longlive_jax.generate import bidirectional, sampler, step_models
 from longlive_jax.generate.sampler import ChunkInputs, Sampling
 from longlive_jax.models import dit
 
@@ -317,7 +317,7 @@ def test_bidirectional_sampling_is_one_euler_step(model, guidance):
   forward = jax.jit(dit.bidirectional_forward)
   v = forward(model, noise, time, text)
   v_negative = forward(model, noise, time, negative)
-  sample = jax.jit(sampler.sample_bidirectional, static_argnames="sampling")
+  sample = jax.jit(bidirectional.sample, static_argnames="sampling")
   found = sample(model, noise, text, negative, sampling)
   want = noise - (v_negative + guidance * (v - v_negative))
   np.testing.assert_allclose(found, want, atol=3e-5)

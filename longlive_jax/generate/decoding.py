@@ -7,6 +7,7 @@ decoded and copied while the next is denoised.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -97,21 +98,23 @@ def place(
 
 
 def decode(
-  video_vae: vae.VideoVAE,
-  state: vae.DecoderState,
+  video_vae: vae.VideoVAE | None,
+  state: vae.DecoderState | None,
   latents: Array,
   frames_per_call: int = 1,
   tiles: int = 1,
-) -> tuple[Frames, vae.DecoderState]:
+) -> tuple[Frames | None, vae.DecoderState | None]:
   """Starts to decode the next latents of a clip, where its state is.
 
   Args:
     video_vae: weights, on the same devices as the state.
-    state: its memory is reused.
+    state: its memory is reused. None decodes nothing.
     latents: (b, f, y, x, z), anywhere.
     frames_per_call: latent frames at a time at most.
     tiles: of `vae.decode_chunk`.
   """
+  if state is None:
+    return None, None
   where = state.history[0].sharding
   latents = jax.device_put(latents, where)
   count = _divisor(latents.shape[1], frames_per_call)
@@ -140,6 +143,24 @@ def compile_ahead(
   count = _divisor(latents.shape[1], frames_per_call)
   first = np.int32(0)
   _decode.lower(video_vae, state, latents, first, count, tiles, where).compile()
+
+
+def frames_remembered(config: vae.VAEConfig) -> int:
+  """Latent frames after which a decoder's state depends on nothing that was before.
+
+  It is the inputs of causal convolutions, all of kernel 3 in time: each looks two
+  frames back, at its own rate. So the state can be had again, bit for bit, by decoding
+  so many latent frames from any state: 3.2 GB that need not be kept at full size.
+  """
+  per_block, rate = 2 * 2, 1
+  total = 2 + 2 * per_block  # conv1 and the middle
+  for doubles in (*config.temporal_downsample[::-1], False):
+    total += (config.num_res_blocks + 1) * per_block / rate
+    if doubles:
+      total += 2 / rate
+      rate *= 2
+  # The head; and a first frame, for which a decoder skips its time convolutions.
+  return math.ceil(total + 2 / rate) + 1
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=1)

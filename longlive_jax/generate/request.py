@@ -115,7 +115,7 @@ def first_frames(board: Storyboard, height: int, width: int) -> np.ndarray | Non
   """
   if board.images is None:
     return None
-  return np.stack([_cover(_read_image(p), height, width) for p in board.images])
+  return np.stack([cover(_read_image(p), height, width) for p in board.images])
 
 
 def continuation(
@@ -201,7 +201,8 @@ def _read_image(path: Path) -> np.ndarray:
     raise ValueError(f"image={path} is not readable: {error}") from error
 
 
-def _cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def cover(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """A picture (h, w, 3), scaled to cover height x width and cropped at the centre."""
   picture = Image.fromarray(image)
   scale = max(height / picture.height, width / picture.width)
   size = (

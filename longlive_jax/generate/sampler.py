@@ -288,18 +288,57 @@ def clean_pass(
     layout: see parallel/sequence.py.
   """
   rows = functools.partial(_rows, sampling=sampling, layout=layout)
-  model = models_of(model)[choice_of(model, sampling.steps)[-1]]
   frames, cut = rows(chunk.frames), rows(chunk.cut) & sampling.pins
+  cache, placement = make_room(cache, frames, cut, sampling)
+  k, v = _remembered(model, cache, placement, latents, chunk, sampling, text, layout)
+  return kv_cache.pin(kv_cache.commit(cache, placement, k, v), frames, cut)
+
+
+def make_room(
+  cache: kv_cache.KVCache, frames: Array, cut: Array, sampling: Sampling
+) -> tuple[kv_cache.KVCache, kv_cache.Placement]:
+  """Where the clean pass writes, in a cache without what a cut forgets.
+
+  Args:
+    frames: int32 (rows, f) of the network's batch. cut: bool (rows,).
+  """
   if sampling.clean_recache:
     cache = kv_cache.reset(cache, cut)
-  placement = kv_cache.place(cache, frames)
-  zero = dit.time_features(np.zeros(frames.shape), model.config.freq_dim)
-  _, (k, v) = cached_forward(
+  return cache, kv_cache.place(cache, frames)
+
+
+def write_again(
+  model: Model,
+  cache: kv_cache.KVCache,
+  latents: Array,
+  chunk: ChunkInputs,
+  sampling: Sampling,
+) -> kv_cache.KVCache:
+  """Recomputes the keys and values of a chunk in the cache, under chunk's text.
+
+  What stays and what is pinned does not change; see `kv_cache.place_again`.
+
+  Args:
+    latents: clean, (b, f, y, x, c).
+  """
+  placement = kv_cache.place_again(cache, _rows(chunk.frames, sampling=sampling))
+  k, v = _remembered(model, cache, placement, latents, chunk, sampling)
+  return kv_cache.commit(cache, placement, k, v)
+
+
+def _remembered(
+  model, cache, placement, latents, chunk, sampling, text=None, layout=SINGLE
+):
+  """What the cache's slots store of clean latents: keys and values of timestep 0."""
+  rows = functools.partial(_rows, sampling=sampling, layout=layout)
+  model = models_of(model)[choice_of(model, sampling.steps)[-1]]
+  time = np.zeros((placement.length.shape[0], latents.shape[1]))
+  _, kept = cached_forward(
     model,
     cache,
     placement,
     rows(latents),
-    zero,
+    dit.time_features(time, model.config.freq_dim),
     _text(model, chunk, layout) if text is None else text,
     rows(chunk.temporal),
     t_scale=sampling.t_scale,
@@ -308,7 +347,7 @@ def clean_pass(
     layout=layout,
     exchange_format=sampling.exchange_format,
   )
-  return kv_cache.pin(kv_cache.commit(cache, placement, k, v), frames, cut)
+  return kept
 
 
 def denoise_chunk(
@@ -408,42 +447,6 @@ def rollout(
   return latents, cache
 
 
-def sample_bidirectional(
-  model: dit.CausalDiT,
-  noise: Array,
-  text: Array,
-  negative: Array | None,
-  sampling: Sampling,
-) -> Array:
-  """Samples a clip with the plain, non-causal base model, to check its weights.
-
-  Args:
-    noise: (b, f, y, x, c). text, negative: (b, k, text_dim).
-    sampling: steps, shift, solver and guidance are used.
-
-  Returns:
-    clean latents float32 (b, f, y, x, c).
-  """
-  b, f = noise.shape[:2]
-  table = schedule.solver_table(sampling.solver, sampling.steps, sampling.shift)
-  times = dit.time_features(table.timesteps, model.config.freq_dim)
-
-  def velocity(latents, features):
-    time = jnp.broadcast_to(features, (b, f, features.shape[-1]))
-    v = dit.bidirectional_forward(model, latents, time, text)
-    if sampling.branches == 1:
-      return v
-    v_negative = dit.bidirectional_forward(model, latents, time, negative)
-    return v_negative + sampling.guidance * (v - v_negative)
-
-  def step(state, row):
-    solver_row, features = row
-    return schedule.solver_step(solver_row, state, velocity(state.x, features)), None
-
-  state, _ = lax.scan(step, schedule.solver_init(noise), (table.rows, times))
-  return state.x
-
-
 def frame_noise(key: Array, samples: Array, frames: Array, shape: tuple) -> Array:
   """Standard normal noise that depends on (key, sample, frame) alone.
 
@@ -486,7 +489,7 @@ def _text(model: dit.CausalDiT, chunk: ChunkInputs, layout: Layout) -> dit.TextK
   return model.text_keys(model.embed_text(text))
 
 
-def _rows(samples: Any, *, sampling: Sampling, layout: Layout) -> Any:
+def _rows(samples: Any, *, sampling: Sampling, layout: Layout = SINGLE) -> Any:
   """What this device's rows of the network's batch have of arrays (b, ...)."""
   return jax.tree.map(
     lambda a: layout.own_rows(jnp.repeat(a, sampling.branches, axis=0)), samples

@@ -82,6 +82,32 @@ class Story:
   def chunks(self) -> int:
     return self.prompt_index.shape[0]
 
+  def at(self, index: int) -> "Moment":
+    """What chunk `index` shows."""
+    return Moment(
+      text=self.embeddings[self.prompt_index[index]],
+      negative=self.negative,
+      cut=self.cut[index],
+      shot=self.shot[index],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """What the b videos show in one chunk.
+
+  Attributes:
+    text: prompt embeddings (b, k, text_dim).
+    negative: (k, text_dim); None if unguided.
+    cut: bool (b,), the chunk starts a new shot.
+    shot: int32 (b,), number of the shot.
+  """
+
+  text: np.ndarray
+  negative: np.ndarray | None
+  cut: np.ndarray
+  shot: np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class StreamedChunk:
@@ -235,9 +261,7 @@ def compile_ahead(
   for length in [1, n] if sampling.independent_first_frame else [n]:
     frames = meshes.shard_batch(_frame_numbers(b, 0, length), mesh)
     noise = _outputs(_noise, state.key, state.samples, frames, state.latent_shape)
-    chunk = _chunk_inputs(
-      model.config, sampling, story, 0, 0, noise, None, cut=story.cut[0], mesh=mesh
-    )
+    chunk = chunk_inputs(model.config, sampling, story.at(0), 0, noise, mesh=mesh)
     latents, _, _ = _outputs(_denoise, model, state.cache, chunk, sampling, mesh)
     if decoder is not None:
       decoding.compile_ahead(video_vae, decoder, latents, decode_frames, decode_tiles)
@@ -297,14 +321,9 @@ def stream(
     ValueError: given latents, image or story that do not fit.
     FloatingPointError: a latent is not finite; names the chunk.
   """
-  n, b = sampling.frames_per_chunk, state.samples.shape[0]
+  n = sampling.frames_per_chunk
   _check(state, story, sampling, image, given)
-  inputs = functools.partial(_chunk_inputs, model.config, sampling, story, mesh=mesh)
-
-  def decode(decoder, latents):
-    if decoder is None:
-      return None, None
-    return decoding.decode(video_vae, decoder, latents, decode_frames, decode_tiles)
+  inputs = functools.partial(chunk_inputs, model.config, sampling, mesh=mesh)
 
   index, frame = int(state.chunk), int(state.frame)
   pending = None
@@ -312,9 +331,14 @@ def stream(
     for length in _lengths(given.shape[1], n, sampling.independent_first_frame):
       piece = np.asarray(given[:, frame : frame + length], np.float32)
       piece = jnp.asarray(meshes.shard_batch(piece, mesh))
-      chunk = inputs(0, frame, piece, None, cut=np.zeros_like(story.cut[0]))
+      first = story.at(0)
+      chunk = inputs(
+        dataclasses.replace(first, cut=np.zeros_like(first.cut)), frame, piece
+      )
       cache = _remember(model, state.cache, piece, chunk, sampling, mesh)
-      decoded, decoder = decode(state.decoder, piece)
+      decoded, decoder = decoding.decode(
+        video_vae, state.decoder, piece, decode_frames, decode_tiles
+      )
       frame += length
       state = dataclasses.replace(
         state, cache=cache, decoder=decoder, frame=state.frame + length
@@ -324,21 +348,20 @@ def stream(
   while index < story.chunks and not should_stop():
     alone = sampling.independent_first_frame and frame == 0 and image is None
     length = 1 if alone else n
-    frames = meshes.shard_batch(_frame_numbers(b, frame, length), mesh)
-    noise = _noise(state.key, state.samples, frames, state.latent_shape)
+    noise = chunk_noise(state, frame, length, mesh=mesh)
     known = image if index == 0 else None
-    chunk = inputs(index, frame, noise, known, cut=story.cut[index])
-    latents, finite, cache = _denoise(model, state.cache, chunk, sampling, mesh)
-    decoded, decoder = decode(state.decoder, latents)
-    index, frame = index + 1, frame + length
-    state = dataclasses.replace(
+    chunk = inputs(story.at(index), frame, noise, known)
+    latents, finite, decoded, state = step(
+      model,
+      video_vae,
       state,
-      cache=cache,
-      decoder=decoder,
-      chunk=state.chunk + 1,
-      frame=state.frame + length,
-      finite=state.finite & finite,
+      chunk,
+      sampling,
+      decode_frames=decode_frames,
+      decode_tiles=decode_tiles,
+      mesh=mesh,
     )
+    index, frame = index + 1, frame + length
     if pending is not None:
       yield _checked(*pending)
     pending = (index - 1, latents, finite, decoded)
@@ -381,19 +404,26 @@ def _frame_numbers(b: int, first: int, length: int) -> np.ndarray:
   return np.tile(np.arange(first, first + length, dtype=np.int32), (b, 1))
 
 
-def _chunk_inputs(
+def chunk_noise(
+  state: StreamState, frame: int, length: int, *, mesh: jax.sharding.Mesh | None = None
+) -> Array:
+  """The noise of `length` latent frames from `frame` on, (b, length, y, x, c)."""
+  numbers = _frame_numbers(state.samples.shape[0], frame, length)
+  numbers = meshes.shard_batch(numbers, mesh)
+  return _noise(state.key, state.samples, numbers, state.latent_shape)
+
+
+def chunk_inputs(
   config: dit.WanConfig,
   sampling: Sampling,
-  story: Story,
-  index: int,
+  moment: Moment,
   frame: int,
   noise: Array | jax.ShapeDtypeStruct,
-  known: Array | None,
+  known: Array | None = None,
   *,
-  cut: np.ndarray,
-  mesh: jax.sharding.Mesh | None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> sampler.ChunkInputs:
-  """Inputs of chunk `index` of the story, at latent frame `frame`."""
+  """Inputs of a chunk at latent frame `frame`; `known` latents are its first frames."""
   b, f = noise.shape[:2]
   frames = _frame_numbers(b, frame, f)
   fixed = np.zeros((b, f), bool)
@@ -401,21 +431,55 @@ def _chunk_inputs(
   if known is not None:
     fixed[:, : known.shape[1]] = True
     held[:, : known.shape[1]] = known
-  text = story.embeddings[story.prompt_index[index]]
   negative = None
   if sampling.branches == 2:
-    negative = np.broadcast_to(story.negative, text.shape)
+    negative = np.broadcast_to(moment.negative, moment.text.shape)
   chunk = sampler.ChunkInputs(
     noise=noise,
-    text=text,
+    text=moment.text,
     negative=negative,
     frames=frames,
-    temporal=sampler.chunk_temporal(config, sampling, frames, story.shot[index]),
-    cut=cut,
+    temporal=sampler.chunk_temporal(config, sampling, frames, moment.shot),
+    cut=moment.cut,
     known=fixed,
     given=held,
   )
   return meshes.shard_batch(chunk, mesh)
+
+
+def step(
+  model: sampler.Model,
+  video_vae: vae.VideoVAE | None,
+  state: StreamState,
+  chunk: sampler.ChunkInputs,
+  sampling: Sampling,
+  *,
+  decode_frames: int = 1,
+  decode_tiles: int = 1,
+  mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Array, Array, decoding.Frames | None, StreamState]:
+  """Generates, remembers and decodes one chunk; waits for nothing.
+
+  Args:
+    chunk: from `chunk_inputs`, at `state.frame`. The rest is as for `stream`.
+
+  Returns:
+    latents (b, f, y, x, c), whether they are finite, bool (), the frames, and the
+    state after the chunk, which took over the memory of `state`.
+  """
+  latents, finite, cache = _denoise(model, state.cache, chunk, sampling, mesh)
+  decoded, decoder = decoding.decode(
+    video_vae, state.decoder, latents, decode_frames, decode_tiles
+  )
+  state = dataclasses.replace(
+    state,
+    cache=cache,
+    decoder=decoder,
+    chunk=state.chunk + 1,
+    frame=state.frame + latents.shape[1],
+    finite=state.finite & finite,
+  )
+  return latents, finite, decoded, state
 
 
 def _lengths(frames: int, n: int, first_alone: bool) -> list[int]:

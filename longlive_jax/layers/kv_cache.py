@@ -208,6 +208,39 @@ def place(cache: KVCache, frames: Array) -> Placement:
   return Placement(slot, source, frame, pinned, has_pin, order, list_rank, length)
 
 
+def place_again(cache: KVCache, frames: Array) -> Placement:
+  """A chunk that is in the cache is written again, in its slots.
+
+  It attends what is there up to its own frames, so that chunks that are written again
+  one after the other each see those before it as they are by then, and none behind.
+
+  Args:
+    frames: int32 (b, f), ascending, all present.
+
+  Raises:
+    ValueError: the window is not the whole cache.
+  """
+  slots = cache.frame.shape[1]
+  if cache.rules.window_frames != slots:
+    raise ValueError(
+      f"window_frames={cache.rules.window_frames} must be the capacity of the cache, "
+      f"{slots} frames, for a chunk to be written again"
+    )
+  hit = cache.frame[:, None, :] == frames[:, :, None]  # (b, f, slots)
+  seen = (cache.frame >= 0) & (cache.frame <= frames[:, -1:])
+  rank = _rank(jnp.where(seen, cache.frame, -1))
+  return Placement(
+    slot=jnp.argmax(hit, axis=2).astype(jnp.int32),
+    source=jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), -1),
+    frame=cache.frame,
+    pinned=cache.pinned,
+    has_pin=cache.has_pin,
+    order=jnp.argsort(rank, axis=1).astype(jnp.int32),
+    rank=jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), cache.frame.shape),
+    length=jnp.sum(seen, axis=1, dtype=jnp.int32),
+  )
+
+
 def _keep(frame, protected, window):
   """Attended slots (b, slots): what is protected, then the newest others."""
   protected &= frame >= 0
@@ -265,7 +298,9 @@ def attended(
   return merge(layer[0], k), merge(layer[1], v)
 
 
-def commit(cache: KVCache, placement: Placement, k: Any, v: Any) -> KVCache:
+def commit(
+  cache: KVCache, placement: "Placement | Overwritten", k: Any, v: Any
+) -> KVCache:
   """Writes a chunk's frames into their slots.
 
   Args:
@@ -284,6 +319,37 @@ def commit(cache: KVCache, placement: Placement, k: Any, v: Any) -> KVCache:
     pinned=placement.pinned,
     has_pin=placement.has_pin,
   )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Overwritten:
+  """What a write into the cache destroys: enough to take it back, bit for bit.
+
+  Attributes:
+    slot: int32 (b, f), the slots that are written.
+    k, v: (l, b, f, p, n, d), what was in them.
+    frame, pinned, has_pin: of the whole cache, before the write.
+  """
+
+  slot: Array
+  k: Any
+  v: Any
+  frame: Array
+  pinned: Array
+  has_pin: Array
+
+
+def overwritten(cache: KVCache, slot: Array) -> Overwritten:
+  """What will be lost when the slots (b, f) are written and others forgotten."""
+  rows = jnp.arange(slot.shape[0])[:, None]
+  k, v = jax.tree.map(lambda leaf: leaf[:, rows, slot], (cache.k, cache.v))
+  return Overwritten(slot, k, v, cache.frame, cache.pinned, cache.has_pin)
+
+
+def put_back(cache: KVCache, old: Overwritten) -> KVCache:
+  """The cache as it was before the write; the last write is taken back first."""
+  return commit(cache, old, old.k, old.v)
 
 
 def pin(cache: KVCache, frames: Array, where: Array) -> KVCache:
