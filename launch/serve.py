@@ -23,7 +23,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from longlive_jax.generate.engine import Engine, load_engine
-from longlive_jax.generate.scheduler import Scheduler
+from longlive_jax.generate.scheduler import Life, Scheduler
 from longlive_jax.programs import keep_programs
 from longlive_jax.serve import logs
 from longlive_jax.serve.app import build
@@ -46,7 +46,7 @@ MEMORY_USED = 0.6  # of what is free, by sessions
 
 def define_flags() -> None:
   flags.DEFINE_string("host", "127.0.0.1", "Address to bind to.")
-  flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.")
+  flags.DEFINE_integer("port", 8000, "Port.")
   flags.DEFINE_string("token_file", None, "File with the token that all must have.")
   flags.DEFINE_list("origins", [], "Other pages that may connect, as https://a.org.")
   flags.DEFINE_string("folder", "outputs/serve", "Where sessions are kept.")
@@ -63,7 +63,11 @@ def define_flags() -> None:
 
 
 def make_scheduler(
-  engine: Engine, ahead: int, device_gb: float = 0, host_gb: float = 0
+  engine: Engine,
+  ahead: int,
+  device_gb: float = 0,
+  host_gb: float = 0,
+  life: Life | None = None,
 ) -> Scheduler:
   """With the memory that is given, or a part of what is free."""
   free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -74,6 +78,23 @@ def make_scheduler(
     device_bytes=device_gb * 1e9 or MEMORY_USED * device,
     host_bytes=host_gb * 1e9 or MEMORY_USED * (free if stats else free / 2),
     ahead=ahead,
+    life=life,
+  )
+
+
+def make_server(studio: Studio, access: Access, port: int) -> uvicorn.Server:
+  """uvicorn, which starts and stops the studio, and ends in order on a signal."""
+  return uvicorn.Server(
+    uvicorn.Config(
+      build(studio, access),
+      host=access.host,
+      port=port,
+      ws="websockets-sansio",
+      ws_max_size=studio.limits.message_bytes,
+      access_log=False,
+      log_config=None,
+      timeout_graceful_shutdown=GRACE,
+    )
   )
 
 
@@ -99,18 +120,6 @@ def main(argv: list[str]) -> None:
     studio = Studio(engine, scheduler, shelf, limits, save_every=given.save_every)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
-  server = uvicorn.Server(
-    uvicorn.Config(
-      build(studio, access),
-      host=given.host,
-      port=given.port,
-      ws="websockets-sansio",
-      ws_max_size=limits.message_bytes,
-      access_log=False,
-      log_config=None,
-      timeout_graceful_shutdown=GRACE,
-    )
-  )
   shown = given.host if given.host in LOOPBACK else "HOST"
   logs.event(
     "serving",
@@ -118,7 +127,7 @@ def main(argv: list[str]) -> None:
     sessions=min(limits.sessions, scheduler.capacity.in_all),
     at_once=scheduler.capacity.on_device,
   )
-  server.run()
+  make_server(studio, access, given.port).run()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
   GET /sessions/ID/shots.png       the storyboard: a row of frames a shot
   GET /sessions/ID/state.tar       the newest saved state
   GET /sessions/ID/chunks/FILE     one chunk, as the state lists it
-  WS  /socket                      messages.py; answers and events are JSON, media binary
+  WS  /socket                      messages.py; answers, events are JSON, media binary
 
 Of a message's answer: {"event": "done", "request": N, ...} or {"event": "error",
 "request": N, "message": "..."}. All but the page and /health need the token.

@@ -123,9 +123,9 @@ class Access:
         for each in offered
         if each.strip().startswith(_BEARER)
       ]
-    # One comparison whatever was given, in a time that does not tell how much is right.
+    # Compared in a time that does not tell how much of it is right.
     wanted = self.token.encode()
-    right = [hmac.compare_digest(each.encode(errors="replace"), wanted) for each in given]
+    right = [hmac.compare_digest(each.encode(), wanted) for each in given]
     return "" if any(right) else "the token is missing or wrong"
 
 

@@ -461,7 +461,7 @@ async function add(hello) {
 }
 
 async function list() {
-  const found = await (await ask("/sessions")).json().catch(() => ({}));
+  const found = await (await ask("/sessions")).json();
   const select = $("sessions");
   const names = Object.keys(found);
   select.replaceChildren(new Option(names.length ? "open ..." : "none", ""));
