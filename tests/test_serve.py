@@ -1,5 +1,6 @@
 """The server: sessions through one WebSocket, and what goes wrong around them."""
 
+import http.client
 import io
 import json
 import os
@@ -8,11 +9,14 @@ import subprocess
 import sys
 import tarfile
 import threading
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from serving import (
   BLUE,
@@ -195,6 +199,22 @@ def test_a_flood_is_answered_with_refusals_and_then_with_the_door(host):
 )
 def test_paths_lead_nowhere_else(host, path):
   assert get(host, path)[0] == 404
+
+
+@settings(
+  max_examples=60,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.binary(max_size=30), st.sampled_from(["", "sessions/", "sessions/a/chunks/"]))
+def test_no_path_is_answered_with_more_than_its_error(host, path, folder):
+  connection = http.client.HTTPConnection(host, timeout=10)
+  connection.request("GET", f"/{folder}" + urllib.parse.quote(path, safe="/.%"))
+  answer = connection.getresponse()
+  body = answer.read()
+  connection.close()
+  known = path in (b"", b"health", b"metrics", b"sessions") and not folder
+  assert answer.status in ((200,) if known else (307, 400, 404)), body
 
 
 def test_everything_comes_with_a_policy(host):
