@@ -93,7 +93,8 @@ def test_a_session_is_told_what_to_do_and_watched(host, tmp_path):
     status, sheet = get(host, f"/sessions/{session}/shots.png")
     assert status == 200 and Image.open(io.BytesIO(sheet)).height == 2 * 64  # two shots
     assert c.ask("save")["saved"] == length
-    tar = tarfile.open(fileobj=io.BytesIO(get(host, f"/sessions/{session}/state.tar")[1]))
+    state = io.BytesIO(get(host, f"/sessions/{session}/state.tar")[1])
+    tar = tarfile.open(fileobj=state)
     assert f"{session}-{length}" in tar.getnames()
     assert c.ask("end")["event"] == "done"
   assert get(host, f"/sessions/{session}")[0] == 404

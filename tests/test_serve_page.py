@@ -12,6 +12,7 @@ pytestmark = [
   pytest.mark.usefixtures("quick_compiling"),
   pytest.mark.skipif(not CHROMIUM, reason="needs chromium (apt install chromium)"),
 ]
+RING = "A white ring."
 ARGUMENTS = [
   "--no-sandbox",
   "--disable-gpu",
@@ -85,12 +86,12 @@ def test_a_video_is_typed_watched_and_steered(tmp_path):
     page.click("[data-do=branch]")
     branch = until(lambda: page.evaluate("players[1]?.session"))
     assert studio.records[branch].parent.startswith(session)
-    page.fill("#text", BLUE)
+    page.fill("#text", RING)
     page.click("#cut")
-    shows(page, "p.chunks.at(-1).made.prompt === 'A blue star.'", 1)
+    shows(page, "p.chunks.at(-1).made.prompt === 'A white ring.'", 1)
     shows(page, "p.video.currentTime > 0", 1)
     frames_change(page, 1)
-    assert page.evaluate("players[0].status.prompt") != BLUE
+    assert page.evaluate("players[0].status.prompt") != RING
 
     # Reload, and find both again.
     page.reload()

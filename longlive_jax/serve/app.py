@@ -51,7 +51,10 @@ from longlive_jax.serve.studio import Studio
 from longlive_jax.serve.watchers import Watcher
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"/": "index.html", "/style.css": "style.css", "/app.js": "app.js"}
+FILES = {
+  "/": "index.html",
+  **{f"/{name}": name for name in ("style.css", "screen.js", "player.js", "app.js")},
+}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
   "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -63,6 +66,7 @@ HEADERS = {
 }
 SHEET_COLUMNS = 4
 DOWNLOADS = 2  # made at a time
+LONG = 2**16  # characters
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -312,7 +316,11 @@ class _Connection:
           }
         )
         continue
-      request = messages.read(received.get("text") or "")
+      text = received.get("text") or ""
+      if len(text) > LONG:  # a picture, which takes a while to unpack
+        request = await run_in_threadpool(messages.read, text)
+      else:
+        request = messages.read(text)
       answer: dict[str, Any] = {"event": "done"}
       try:
         if request.message is None:

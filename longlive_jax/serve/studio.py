@@ -9,7 +9,6 @@ A video is played at its frame rate: sessions run a few chunks ahead of a clock,
 stands still while nobody watches.
 """
 
-import collections
 import dataclasses
 import json
 import logging
@@ -35,32 +34,10 @@ from longlive_jax.serve.logs import event
 from longlive_jax.serve.metrics import Metrics
 from longlive_jax.serve.record import Chunk, Record
 from longlive_jax.serve.shelf import Shelf
+from longlive_jax.serve.show import Show
 from longlive_jax.serve.watchers import Item, Watcher
 
 TICK = 0.25  # seconds between two looks at the clocks
-ANCHORS = 16  # shots of which the sink is remembered, for the drift meter
-
-
-@dataclasses.dataclass
-class _Show:
-  """What only the studio's thread knows of a session.
-
-  Attributes:
-    free: when the clock has played all that was made.
-    ends: (when, chunks) at which the clock has played so many.
-    watchers: who is told.
-    anchors: mean latent frame of each shot's first chunk.
-    asked: when it was asked for, until its first frames. told: likewise a prompt.
-  """
-
-  free: float = 0.0
-  ends: collections.deque[tuple[float, int]] = dataclasses.field(
-    default_factory=collections.deque
-  )
-  watchers: set[Watcher] = dataclasses.field(default_factory=set)
-  anchors: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
-  asked: float | None = None
-  told: float | None = None
 
 
 class Studio:
@@ -90,7 +67,7 @@ class Studio:
     self.metrics = Metrics()
     self.records: dict[str, Record] = {}
     self._scheduler, self._save_every, self._encode = scheduler, save_every, encode
-    self._shows: dict[str, _Show] = {}
+    self._shows: dict[str, Show] = {}
     self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = (
       queue.SimpleQueue()
     )
@@ -121,7 +98,13 @@ class Studio:
     return "ok" if self._ready.is_set() else "starting"
 
   def submit(self, work: Callable[[], Any]) -> Future:
-    """Has something done on the studio's thread, between chunks."""
+    """Has something done on the studio's thread, between chunks.
+
+    Raises:
+      OSError: the thread has ended.
+    """
+    if self.status == "failed":
+      raise OSError("the server has failed; its log says why")
     future: Future = Future()
     self._inbox.put((work, future))
     return future
@@ -131,8 +114,7 @@ class Studio:
     records, shows = dict(self.records), dict(self._shows)
     yield "fps", "", "Frames a second made, over ten seconds.", self.metrics.fps()
     yield "sessions", "", "Sessions there are.", len(records)
-    states = [self._scheduler.status().get(name) for name in records]
-    ready = sum(state is not None and state.ready for state in states)
+    ready = sum(state.ready for state in self._scheduler.status().values())
     yield "sessions_ready", "", "Sessions that wait for their turn.", ready
     failed = sum(bool(record.error) for record in records.values())
     yield "sessions_failed", "", "Sessions that do not go on.", failed
@@ -192,6 +174,8 @@ class Studio:
         return self._save(name)
       case commands.Branch(chunk):
         return self._branch(name, chunk)
+      case commands.Rewind(chunk) if chunk > len(record.chunks):
+        raise ValueError(f"chunk={chunk} is not made yet; {len(record.chunks)} are")
       case commands.Resume() if len(record.chunks) >= self.limits.chunks:
         raise ValueError(f"the video has {self.limits.chunks} chunks, the most it may")
     future = self._scheduler.command(name, command)
@@ -203,10 +187,8 @@ class Studio:
         self._update(name, paused=True)
       case commands.Resume():
         self._update(name, paused=False)
-        show.free = time.monotonic()
       case commands.Rewind(chunk):
-        show.ends.clear()
-        show.free = time.monotonic()
+        show.rewind()
         show.told = None
         self._scheduler.shown(name, chunk)
         prompt = record.chunks[chunk - 1].made.prompt if chunk else record.prompt
@@ -317,7 +299,7 @@ class Studio:
       file,
       round(float(latents.mean()), 4),
       round(float(latents.std()), 4),
-      round(self._likeness(show, made.chunk.made.shot, latents), 4),
+      round(show.likeness(made.chunk.made.shot, latents), 4),
       round(now - started, 3),
     )
     asked = {} if show.asked is None else {"first_frame_seconds": now - show.asked}
@@ -329,8 +311,7 @@ class Studio:
     if show.told is not None:
       self.metrics.latency("switch", now - show.told)
     show.asked = show.told = None
-    show.free = max(show.free, now) + len(frames) / self.engine.fps
-    show.ends.append((show.free, index + 1))
+    show.add(index + 1, len(frames) / self.engine.fps)
     self._hand_out(name, self._chunk_item(name, chunk, media))
     event("chunk", session=name, chunk=index, seconds=chunk.seconds)
     self._update(name)  # what can be rewound to moved, too
@@ -340,23 +321,14 @@ class Studio:
     if index == 0 or (index + 1) % self._save_every == 0:
       self._save_if_idle(name)
 
-  def _likeness(self, show: _Show, shot: int, latents: np.ndarray) -> float:
-    mean = latents.mean(0).ravel()
-    anchor = show.anchors.setdefault(shot, mean)
-    for old in list(show.anchors)[:-ANCHORS]:
-      del show.anchors[old]
-    lengths = np.linalg.norm(mean) * np.linalg.norm(anchor)
-    return float(mean @ anchor / lengths) if lengths else 1.0
-
   def _look_at_clocks(self) -> None:
-    now = time.monotonic()
     for name, show in self._shows.items():
-      while show.watchers and show.ends and show.ends[0][0] <= now:
-        self._scheduler.shown(name, show.ends.popleft()[1])
+      if show.watchers and (played := show.played()) is not None:
+        self._scheduler.shown(name, played)
 
   def _until_clock(self) -> float:
-    ends = [s.ends[0][0] for s in self._shows.values() if s.watchers and s.ends]
-    return min([TICK, *(max(0.001, end - time.monotonic()) for end in ends)])
+    waits = [show.wait() for show in self._shows.values() if show.watchers]
+    return max(0.001, min([TICK, *waits]))
 
   # ---------------------------------------------------------------- sessions
   def _check_count(self) -> None:
@@ -368,7 +340,7 @@ class Studio:
 
   def _admit(self, name: str, record: Record, asked: float | None = None) -> None:
     self.records[name] = record
-    self._shows[name] = _Show(free=time.monotonic(), asked=asked)
+    self._shows[name] = Show(asked)
     self._scheduler.shown(name, len(record.chunks))
 
   def _branch(self, name: str, chunk: int | None) -> str:
