@@ -69,8 +69,11 @@ class Record:
     return self.chunks[-1].first_frame + self.chunks[-1].frames
 
   def until(self, chunk: int) -> "Record":
-    """The record when so many chunks were done."""
-    return dataclasses.replace(self, chunks=self.chunks[:chunk])
+    """The record when so many chunks were done, and nothing told since."""
+    if not self.chunks:
+      return self
+    prompt = self.chunks[max(0, chunk - 1)].made.prompt
+    return dataclasses.replace(self, chunks=self.chunks[:chunk], prompt=prompt)
 
   def status(self) -> dict[str, Any]:
     """All but the chunks, as JSON."""

@@ -9,6 +9,7 @@ A video is played at its frame rate: sessions run a few chunks ahead of a clock,
 stands still while nobody watches.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -121,7 +122,8 @@ class Studio:
     watchers = sum(len(show.watchers) for show in shows.values())
     yield "watchers", "", "Connections that watch.", watchers
     yield "queue", "", "Requests that wait for the studio.", self._inbox.qsize()
-    yield "saving", "", "States that are being written.", len(self._saving)
+    saving = sum(not future.done() for future in list(self._saving.values()))
+    yield "saving", "", "States that are being written.", saving
     for kind, used in numbers.memory().items():
       yield "memory_bytes", f'{{of="{kind}"}}', "Memory in use.", used
 
@@ -147,9 +149,10 @@ class Studio:
     """
     record = self.record(name)
     watcher.put(self._whole(name))
-    if record.chunks:  # so that there is a picture; older ones are had by HTTP
+    if record.chunks and record.chunks[-1].media:
+      # So that there is a picture; older ones are had by HTTP.
       last = record.chunks[-1]
-      if last.media:
+      with contextlib.suppress(OSError):
         media = self.shelf.chunk(name, last.media)
         watcher.put(self._chunk_item(name, last, media))
     self._shows[name].watchers.add(watcher)
@@ -191,8 +194,7 @@ class Studio:
         show.rewind()
         show.told = None
         self._scheduler.shown(name, chunk)
-        prompt = record.chunks[chunk - 1].made.prompt if chunk else record.prompt
-        self.records[name] = dataclasses.replace(record.until(chunk), prompt=prompt)
+        self.records[name] = record.until(chunk)
         self._tell(name, {"event": "rewound", "chunk": chunk})
         self._update(name, error="")
       case _:
@@ -211,6 +213,7 @@ class Studio:
     future.result()
     self._tell(name, {"event": "ended"})
     del self.records[name], self._shows[name]
+    self._saving.pop(name, None)
     self._saver.submit(self.shelf.drop, name)  # after a save that is under way
     event("ended", session=name)
 
@@ -243,6 +246,8 @@ class Studio:
       wait = 0.0 if busy else self._until_clock()
       try:
         self._do(*self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait())
+        for _ in range(self._inbox.qsize()):  # not those that come meanwhile
+          self._do(*self._inbox.get_nowait())
       except queue.Empty:
         pass
       self._look_at_clocks()
@@ -345,14 +350,17 @@ class Studio:
 
   def _branch(self, name: str, chunk: int | None) -> str:
     self._check_count()
+    if self.records[name].error:
+      raise ValueError("the session does not go on: rewind it first")
     new = new_session()
     future = self._scheduler.branch(name, new, chunk)
     self._drain()
     future.result()
     record = self.records[name]
-    chunk = len(record.chunks) if chunk is None else chunk
+    told = record if chunk is None else record.until(chunk)
+    chunk = len(told.chunks)
     branch = dataclasses.replace(
-      record.until(chunk),
+      told,
       parent=f"{name}@{chunk}",
       created=time.time(),
       saved=-1,
@@ -362,6 +370,7 @@ class Studio:
       self.shelf.share_chunks(name, new, branch)
     except OSError as error:
       self._scheduler.remove(new)
+      self.shelf.drop(new)
       raise ValueError(f"the disk refused the branch: {error}") from error
     self._admit(new, branch)
     self._shows[new].anchors = dict(self._shows[name].anchors)
@@ -401,14 +410,19 @@ class Studio:
   def _save_if_idle(self, name: str) -> None:
     under_way = self._saving.get(name)
     if under_way is None or under_way.done():
-      self._save(name)
+      try:
+        self._save(name)
+      except ValueError as error:
+        event("not_saved", logging.WARNING, session=name, error=str(error))
 
   def _save(self, name: str) -> Future:
     """Starts to write the state; a Future of how many chunks it has."""
     future = self._scheduler.snapshot(name)
     self._drain()
     state = future.result()
-    record = self.records[name].until(state.chunk)
+    record = self.records[name]
+    if len(record.chunks) != state.chunk:
+      raise ValueError("the last chunk failed; rewind to before it first")
     self._saving[name] = self._saver.submit(self._write, name, state, record)
     return self._saving[name]
 
