@@ -5,8 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from random_weights import TINY_VAE
+from random_weights import TINY_VAE, normal, random_vae
+
+from longlive_jax.generate import decoding
+from longlive_jax.models import vae
 
 TESTS = Path(__file__).parent
 
@@ -187,3 +192,31 @@ def test_places_that_there_are_not(found):
   )
   assert found["none_left"].startswith("decode_on='other' needs a device beside the 8")
   assert found["unknown"] == "decode_on='gpu' is unknown; use same, other or split"
+
+
+def test_a_decoder_forgets_bit_for_bit():
+  """After so many latents its state is theirs alone, whatever it was before."""
+  network, device = random_vae(), jax.devices()[0]
+  count = decoding.frames_remembered(TINY_VAE)
+  latents = normal(1, count, 2, 2, TINY_VAE.z_dim)
+
+  def state_after(*pieces):
+    state = jax.device_put(vae.init_decoder_state(network, 1, 2, 2), device)
+    for piece in pieces:
+      for frame in np.split(piece, piece.shape[1], axis=1):
+        _, state = decoding.decode(network, state, frame)
+    return jax.device_get(state)
+
+  fresh, other = (), (normal(1, 3, 2, 2, TINY_VAE.z_dim, seed=1),)
+  early = [state_after(*past, latents[:, : count // 2]) for past in (fresh, other)]
+  late = [state_after(*past, latents) for past in (fresh, other)]
+  same = [
+    all(jax.tree.leaves(jax.tree.map(np.array_equal, *each))) for each in (early, late)
+  ]
+  assert same == [False, True]
+
+
+def test_what_decoders_of_all_sizes_remember():
+  sizes = {name: decoding.frames_remembered(c) for name, c in vae.VAE_SIZES.items()}
+  # By hand: conv1 2, middle 8, stages 12 + 2, 6 + 1, 3, 3, head 1/2; and one.
+  assert sizes["wan2.2"] == sizes["toy"] == 39

@@ -309,3 +309,39 @@ def test_rules_must_fit_the_capacity():
     new_cache(CacheRules(9), 8)
   with pytest.raises(ValueError, match="window_frames=0"):
     new_cache(CacheRules(0), 8)
+
+
+def test_a_chunk_is_written_again_where_it_is_and_sees_nothing_behind_it():
+  cache = new_cache(CacheRules(8, 2), 8, batch=1)
+  for first in range(0, 14, 2):  # 0, 1 and 8 to 13 are left, in some order
+    cache, _ = call(cache, [first, first + 1])
+  frames = jnp.array([[10, 11]])
+  placement = kv_cache.place_again(cache, frames)
+  table = np.asarray(cache.frame)[0]
+  assert table[np.asarray(placement.slot)[0]].tolist() == [10, 11]
+  length = int(placement.length[0])
+  attended = table[np.asarray(placement.order)[0, :length]].tolist()
+  assert attended == [0, 1, 8, 9, 10, 11]
+  assert np.asarray(placement.rank)[0, :length].tolist() == list(range(6))
+  source = np.asarray(placement.source)[0]
+  assert [*table[source == 0], *table[source == 1]] == [10, 11]
+  assert np.sum(source >= 0) == 2
+  for name in ("frame", "pinned", "has_pin"):
+    np.testing.assert_array_equal(getattr(placement, name), getattr(cache, name))
+  with pytest.raises(ValueError, match="window_frames=4 must be the capacity"):
+    kv_cache.place_again(new_cache(CacheRules(4), 8, batch=1), frames)
+
+
+def test_writes_are_taken_back_bit_for_bit():
+  cache = new_cache(CacheRules(6, 2), 6, batch=2)
+  states, lost = [cache], []
+  for first in range(0, 12, 2):
+    frames = [first, first + 1]
+    placement = kv_cache.place(cache, jnp.tile(jnp.array(frames), (2, 1)))
+    lost.append(kv_cache.overwritten(cache, placement.slot))
+    cache, _ = call(cache, frames)
+    states.append(cache)
+  for before, old in zip(states[-2::-1], lost[::-1], strict=True):
+    cache = kv_cache.put_back(cache, old)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(before), strict=True):
+      np.testing.assert_array_equal(a, b)

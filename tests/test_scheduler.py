@@ -289,6 +289,19 @@ def test_a_session_that_cannot_be_made_is_not_there(scheduler):
   assert isinstance((scheduler.step() or scheduler.step())[0], Produced)
 
 
+def test_who_has_ended_answers_nobody(scheduler):
+  add(scheduler, "a")
+  first, gone = scheduler.command("a", Pause()), scheduler.remove("a")
+  late, given_up = scheduler.snapshot("a"), scheduler.snapshot("a")
+  assert given_up.cancel()
+  scheduler.drain()
+  assert first.result() is None and gone.result().paused
+  with pytest.raises(ValueError, match="session 'a' has ended"):
+    late.result(0)
+  with pytest.raises(ValueError, match="there is no session 'a'"):
+    scheduler.snapshot("a")
+
+
 def test_a_snapshot_is_on_the_host_and_the_session_goes_on(scheduler):
   add(scheduler, "a")
   run(scheduler)

@@ -184,6 +184,38 @@ def test_a_rewound_session_goes_on_as_it_did(engine):
   assert other.made == straight.made[:6]
 
 
+def random_commands(rng):
+  """Up to three, of any kind but a rewind; whoever sends them thinks twice."""
+  texts = (RED, BLUE, GREEN)
+  rules = ("none", "last:1", "last:3", "window", "window+sinks", "blend:2", "blend:3")
+  picture = rng.integers(0, 255, (9, 9, 3), np.uint8)
+  kinds = (
+    lambda text: Prompt(text, recache.parse(rules[rng.integers(len(rules))])),
+    Cut,
+    lambda text: Image(picture, text),
+    lambda text: Pause(),
+  )
+  told = [
+    kinds[rng.choice(4, p=(0.6, 0.2, 0.1, 0.1))](texts[rng.integers(3)])
+    for _ in range(rng.integers(4))
+  ]
+  return (*told, Resume(), 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_it_was_told_it_can_be_rewound_to_any_chunk(plain, seed):
+  rng = np.random.default_rng(seed)
+  plans = [random_commands(rng) for _ in range(9)]
+  session, want = fresh(plain, *(step for plan in plans for step in plan))
+  straight = sessions.branch(plain, session)
+  for chunk in rng.permutation(np.arange(session.oldest, 9))[:3]:
+    rest = (step for plan in plans[chunk:] for step in plan)
+    session, found = play(plain, session, Rewind(int(chunk)), *rest)
+    assert_same(found, want[chunk:])
+    same_state(session, straight)
+    assert session.made == straight.made and session.script == straight.script
+
+
 def test_a_branch_does_not_change_its_parent(engine):
   want = fresh(engine, 3, Prompt(BLUE), 3)[1]
   parent, before = fresh(engine, 3, Prompt(BLUE), 1)
@@ -332,7 +364,8 @@ def test_rules_write_chunks_again_as_if_the_prompt_had_been_another(plain, plan)
     before = remembered(cache)
     want = written_again_slowly(plain, cache, chunks, latents, GREEN, shot)
     tables = jax.device_get((cache.frame, cache.pinned, cache.has_pin))
-    after, lost = rewriting.follow(recache.parse(rule), plain, cache, script, latents)
+    past = session.past
+    after, lost = rewriting.follow(recache.parse(rule), plain, cache, script, past)
     assert len(lost) == len(chunks)
     for a, b in zip(tables, (after.frame, after.pinned, after.has_pin), strict=True):
       np.testing.assert_array_equal(a, b)
@@ -347,11 +380,10 @@ def test_rules_write_chunks_again_as_if_the_prompt_had_been_another(plain, plan)
 def test_the_same_prompt_writes_the_same_again(plain):
   """As long as nothing that a chunk saw has been forgotten."""
   session, _ = fresh(plain, 4)
-  latents = {each.chunk: np.asarray(each.latents) for each in session.past.latents}
   cache = sessions.branch(plain, session).state.cache
   before = numbers(cache, remembered(cache))
   rule = recache.parse("window+sinks")
-  after, _ = rewriting.follow(rule, plain, cache, session.script, latents)
+  after, _ = rewriting.follow(rule, plain, cache, session.script, session.past)
   np.testing.assert_allclose(numbers(after, remembered(after)), before, atol=2e-5)
 
 
@@ -435,7 +467,8 @@ def test_without_history_nothing_is_kept(networks):
   assert session.past.steps == () and session.oldest == 3
   with pytest.raises(ValueError, match="the oldest that history_chunks=0 keeps is 3"):
     sessions.apply(engine, session, Rewind(2))
-  assert sessions.bytes_of(engine)["history"] == 0
+  latents = engine.decoder_chunks * session.past.on_host().latents[0].latents.nbytes
+  assert sessions.bytes_of(engine)["history"] == latents
 
 
 def test_the_past_is_bounded(plain):
@@ -449,10 +482,16 @@ def test_the_past_is_bounded(plain):
     past = session.past.on_host()
     written = [o for step in past.steps for o in step.overwritten]
     tables = sum(a.nbytes for o in written for a in (o.slot, o.frame, o.pinned))
-    sizes.append(sum(a.nbytes for a in jax.tree.leaves([(o.k, o.v) for o in written])))
+    kept = [(o.k, o.v) for o in written], [each.latents for each in past.latents]
+    sizes.append(sum(a.nbytes for a in jax.tree.leaves(kept)))
     assert len(past.steps) <= 4 and tables < 1000
-    assert len(past.latents) <= 4 + plain.decoder_chunks + 3
-  assert max(sizes) == most["history"] and most["device"] > most["host"]
+  # The start of the shot is there, what came long before it is not.
+  start = session.script.shot_start
+  assert past.of(start).shape == (1, N, 2, 2, 8) and past.of(1) is None
+  # Beyond those that are counted, of latents the starts of shots.
+  shots, chunk = 5, past.latents[0].latents.nbytes
+  assert most["history"] <= max(sizes) <= most["history"] + shots * chunk
+  assert most["device"] > most["host"]
 
 
 def test_a_chunk_that_is_not_finite_is_named_and_rewound(networks):

@@ -57,11 +57,7 @@ class Engine:
         f"height={self.height} and width={self.width} must be multiples of "
         f"{self._scale}"
       )
-    if self.history_chunks < 0:
-      raise ValueError(f"history_chunks={self.history_chunks} must not be negative")
-    for name in ("independent_first_frame", "reference"):
-      if getattr(self.sampling, name):
-        raise ValueError(f"{name}=True cannot be had in a session; use False")
+    _check(self.sampling, self.history_chunks)
     if self.sampling.branches == 2 and self.negative is None:
       raise ValueError(f"guidance={self.sampling.guidance} needs Engine.negative")
 
@@ -112,6 +108,14 @@ def _encode(video_vae: vae.VideoVAE, video: np.ndarray) -> jax.Array:
   return vae.encode(video_vae, video, 1)
 
 
+def _check(sampling: Sampling, history_chunks: int) -> None:
+  if history_chunks < 0:
+    raise ValueError(f"history_chunks={history_chunks} must not be negative")
+  for name in ("independent_first_frame", "reference"):
+    if getattr(sampling, name):
+      raise ValueError(f"{name}=True cannot be had in a session; use False")
+
+
 def load_engine(config: Mapping[str, Any], *, history_chunks: int = 8) -> Engine:
   """The engine of a generate config (configs/generate.py).
 
@@ -120,14 +124,19 @@ def load_engine(config: Mapping[str, Any], *, history_chunks: int = 8) -> Engine
   Raises:
     ValueError: settings that are impossible; found before any network is read.
   """
+  alone = {"devices": 1, "guidance_devices": 1, "sequence_devices": 1,
+           "decode_on": "same"}  # fmt: skip
+  for name, value in alone.items():
+    if config[name] != value:
+      raise ValueError(
+        f"{name}={config[name]!r} must be {value!r}: sessions share one device"
+      )
   sampling = sampler.Sampling(**networks.pick(sampler.Sampling, config))
+  _check(sampling, history_chunks)
   sources = networks.find_all(
     networks.Choice(**networks.pick(networks.Choice, config))
   )
   request.check_picture(config["height"], config["width"], config["fps"])
-  for name in ("devices", "guidance_devices", "sequence_devices"):
-    if config[name] != 1:
-      raise ValueError(f"{name}={config[name]} must be 1: sessions share one device")
   dtype = config["dtype"]
   embed = _embedder(sources, dtype)
   return Engine(

@@ -12,7 +12,6 @@ frames_remembered`). Latents are small, and serve the recache rules, too.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ import numpy as np
 
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
+from longlive_jax.generate.script import Script
 from longlive_jax.layers import kv_cache
 from longlive_jax.layers.kv_cache import KVCache, Overwritten
 
@@ -32,13 +32,13 @@ class Step:
 
   Attributes:
     chunk: chunks that were done.
-    script: what the session was being told, right after these (session.Script).
+    script: what the session was being told, right after these.
     overwritten: by recaching and by the chunk itself, in the order of the writes.
     finite: bool (), every latent up to then.
   """
 
   chunk: int
-  script: Any
+  script: Script
   overwritten: tuple[Overwritten, ...]
   finite: Array | np.ndarray
 
@@ -53,30 +53,33 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-  """Steps and latents, oldest first; the newest may still be on the device."""
+  """Steps and latents, oldest first; the newest ones may be on the device."""
 
   steps: tuple[Step, ...] = ()
   latents: tuple[Latents, ...] = ()
 
-  def on_host(self) -> "History":
-    """All of it as numpy arrays; waits for what is under way."""
-    return History(
-      tuple(
-        dataclasses.replace(
-          step,
-          overwritten=_fetch(step.overwritten),
-          finite=_fetch(step.finite),
-        )
-        for step in self.steps
-      ),
-      tuple(Latents(each.chunk, _fetch(each.latents)) for each in self.latents),
+  def on_host(self, *, but: int = 0) -> "History":
+    """As numpy arrays, `but` for the newest; waits for what is under way of them."""
+    done = len(self.steps) - but, len(self.latents) - but
+    steps = tuple(
+      dataclasses.replace(
+        step,
+        overwritten=jax.device_get(step.overwritten),
+        finite=jax.device_get(step.finite),
+      )
+      for step in self.steps[: done[0]]
     )
+    latents = tuple(
+      Latents(each.chunk, jax.device_get(each.latents))
+      for each in self.latents[: done[1]]
+    )
+    return History(steps + self.steps[done[0] :], latents + self.latents[done[1] :])
 
   def bounded(self, steps: int, latents: int, starts: set[int]) -> "History":
     """The newest steps, the newest latents, and those of the chunks `starts`."""
     newest = max((each.chunk for each in self.latents), default=0)
     return History(
-      self.steps[len(self.steps) - steps :] if len(self.steps) > steps else self.steps,
+      self.steps[max(0, len(self.steps) - steps) :],
       tuple(
         each
         for each in self.latents
@@ -85,16 +88,9 @@ class History:
     )
 
   def of(self, chunk: int) -> np.ndarray | None:
-    """Latents of a chunk on the host, if they are kept."""
-    for each in self.latents:
-      if each.chunk == chunk:
-        return _fetch(each.latents)
-    return None
-
-
-def _fetch(tree: Any) -> Any:
-  """On the host. jax.device_get waits for what is on a device, and copies no numpy."""
-  return jax.device_get(tree)
+    """Latents (1, f, y, x, c) of a chunk on the host, waited for; None: not kept."""
+    found = [each.latents for each in self.latents if each.chunk == chunk]
+    return jax.device_get(found[0]) if found else None
 
 
 @functools.partial(jax.jit, static_argnums=3)

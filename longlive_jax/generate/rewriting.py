@@ -6,7 +6,6 @@ before it as they are by then.
 """
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from longlive_jax.generate import history, recache, sampler
 from longlive_jax.generate import script as scripts
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.engine import Engine
+from longlive_jax.generate.history import History
 from longlive_jax.generate.recache import Recache
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.script import Script
@@ -22,32 +22,26 @@ from longlive_jax.layers.kv_cache import KVCache, Overwritten
 
 
 def follow(
-  rule: Recache,
-  engine: Engine,
-  cache: KVCache,
-  script: Script,
-  latents: Mapping[int, np.ndarray],
+  rule: Recache, engine: Engine, cache: KVCache, script: Script, past: History
 ) -> tuple[KVCache, tuple[Overwritten, ...]]:
   """The cache after a change of prompt, in the memory of the one before.
 
   Args:
     script: with the new prompt.
-    latents: (1, f, y, x, c) by chunk, of at least those that the cache holds of the
-      shot; others are left as they are.
+    past: with the latents of what the cache holds of the shot.
 
   Returns:
     the cache, and what was overwritten, in that order.
   """
-  lost: list[Overwritten] = []
   if rule.kind in ("none", "blend"):
     return cache, ()
+  lost: list[Overwritten] = []
   sampling, n = engine.sampling, engine.sampling.frames_per_chunk
+  latents = {each.chunk: each.latents for each in past.on_host().latents}
   held = np.array(cache.frame)[0]  # waits; a view would keep the cache's memory
   remembered = {int(frame) // n for frame in held if frame >= 0} & latents.keys()
   sinks = engine.sink_chunks if script.shot == 0 else int(sampling.pins)
-  for chunk in recache.chunks_to_rewrite(
-    rule, remembered, script.shot_start, sinks
-  ):
+  for chunk in recache.chunks_to_rewrite(rule, remembered, script.shot_start, sinks):
     starts = script.shot > 0 and chunk == script.shot_start
     moment = scripts.moment(engine, script, ((script.prompt, 1.0),), cut=starts)
     inputs = streaming.chunk_inputs(

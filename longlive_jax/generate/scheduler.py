@@ -111,7 +111,7 @@ class _Entry:
   last: int = 0
   shown: int = 0
   error: str = ""
-  waiting: collections.deque[tuple[Callable[[], Any], Future]] = dataclasses.field(
+  waiting: collections.deque[tuple[Callable[..., Any], Future]] = dataclasses.field(
     default_factory=collections.deque
   )
 
@@ -172,9 +172,8 @@ class Scheduler:
     Raises:
       ValueError: there is no such session, or MOST_WAITING commands wait already.
     """
-    entry = self._entry(name)
 
-    def work() -> None:
+    def work(entry: _Entry) -> None:
       try:
         session = self._life.apply(self._engine, _alive(entry), command)
       except ValueError:
@@ -187,23 +186,21 @@ class Scheduler:
         if isinstance(command, Rewind):
           entry.error, entry.shown = "", min(entry.shown, session.chunk)
 
-    return self._enqueue(entry, work)
+    return self._enqueue(name, work)
 
   def snapshot(self, name: str) -> Future:
     """The session as it is between two chunks, in host memory: to be saved."""
-    entry = self._entry(name)
-    return self._enqueue(entry, lambda: self._life.to_host(_alive(entry)))
+    return self._enqueue(name, lambda entry: self._life.to_host(_alive(entry)))
 
   def remove(self, name: str) -> Future:
     """Takes a session out; the future has it, in host memory, or None if it failed."""
-    entry = self._entry(name)
 
-    def work() -> Session | None:
+    def work(entry: _Entry) -> Session | None:
       with self._changed:
         del self._entries[name]
       return None if entry.session is None else self._life.to_host(entry.session)
 
-    return self._enqueue(entry, work)
+    return self._enqueue(name, work)
 
   def shown(self, name: str, chunks: int) -> None:
     """Says that the watcher of a session has seen so many chunks."""
@@ -270,9 +267,9 @@ class Scheduler:
           f"{len(self._entries)} sessions are all that fit, each with "
           f"{_megabytes(self.capacity.session)}; end one first"
         )
-      entry = self._entries[name] = _Entry(start=self._clock)
+      self._entries[name] = _Entry(start=self._clock)
 
-    def work() -> None:
+    def work(entry: _Entry) -> None:
       try:
         self._make_room(entry)
         session = make()
@@ -283,11 +280,12 @@ class Scheduler:
       with self._changed:
         entry.session = session
 
-    return self._enqueue(entry, work)
+    return self._enqueue(name, work)
 
-  def _enqueue(self, entry: _Entry, work: Callable[[], Any]) -> Future:
+  def _enqueue(self, name: str, work: Callable[[_Entry], Any]) -> Future:
     future: Future = Future()
     with self._changed:
+      entry = self._entry(name)
       if len(entry.waiting) >= MOST_WAITING:
         raise ValueError(f"{MOST_WAITING} commands wait already; send fewer")
       entry.waiting.append((work, future))
@@ -303,15 +301,16 @@ class Scheduler:
         out += self._finish()  # what was made before comes out before
       for _ in range(len(entry.waiting)):  # not those that come meanwhile
         work, future = entry.waiting.popleft()
-        if not future.set_running_or_notify_cancel():
-          continue
+        if future.set_running_or_notify_cancel():
+          try:
+            future.set_result(work(entry))
+          except Exception as error:
+            future.set_exception(error)
         if self._entries.get(name) is not entry:
-          future.set_exception(ValueError(f"session {name!r} has ended"))
-          continue
-        try:
-          future.set_result(work())
-        except Exception as error:
-          future.set_exception(error)
+          for _, late in entry.waiting:  # nothing joins them: it is not there any more
+            if late.set_running_or_notify_cancel():
+              late.set_exception(ValueError(f"session {name!r} has ended"))
+          break
     return out
 
   def _next(self) -> str | None:
@@ -350,9 +349,11 @@ class Scheduler:
 
   def _make_room(self, entry: _Entry) -> None:
     """Moves sessions to the host until one more fits on the device."""
+    with self._changed:
+      entries = list(self._entries.values())
     others = [
       other
-      for other in self._entries.values()
+      for other in entries
       if other is not entry and other.session is not None and not other.session.on_host
     ]
     others.sort(key=lambda other: (self._ready(other), other.last))

@@ -1,7 +1,7 @@
 """A running video that is told what to do between chunks.
 
   session = start(engine, "A red star bounces up and down.", seed=0)
-  session, chunk = advance(engine, session)       # waits for nothing
+  session, chunk = advance(engine, session)       # does not wait for it
   show(chunk.frames)                              # waits for its frames
   session = apply(engine, session, Prompt("A red star circles around."))
   session = apply(engine, session, Rewind(1))
@@ -14,13 +14,14 @@ rewind reuse the memory of the session that they are given: keep only what they 
 `branch` copies first, and leaves its parent alone.
 
 Commands but Rewind cost nothing: they are written into the `Script` that the next chunk
-is made by, and the last one counts. So a session that is rewound to chunk k,
-or saved there and loaded, goes on with the same bytes under the same commands, and each
-of its chunks has the bytes that `stream` gives for the same storyboard.
+is made by, and the last one counts. A session that is rewound to chunk k, or saved
+there and loaded, goes on with the same bytes under the same commands; without changes
+of prompt inside a shot they are those of `stream` for the same storyboard.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -146,7 +147,10 @@ def apply(engine: Engine, session: Session, command: Command) -> Session:
 
 
 def advance(engine: Engine, session: Session) -> tuple[Session, SessionChunk]:
-  """Makes the next chunk. The memory of `session` is reused; waits for nothing.
+  """Makes the next chunk, in the memory of `session`.
+
+  Does not wait for it, and only a recache waits for the chunk before: the device goes
+  from one to the next.
 
   Raises:
     ValueError: the session is paused.
@@ -154,13 +158,9 @@ def advance(engine: Engine, session: Session) -> tuple[Session, SessionChunk]:
   if session.paused:
     raise ValueError(f"the session is paused at chunk {session.chunk}; resume it first")
   session, sampling = to_device(session), engine.sampling
-  state, past, index = session.state, session.past.on_host(), session.chunk
+  state, index = session.state, session.chunk
   script, rule = scripts.for_chunk(session.script, index)
-  cache, lost = state.cache, []
-  if rule is not None:
-    kept = {each.chunk: each.latents for each in past.latents}
-    cache, lost = rewriting.follow(rule, engine, cache, script, kept)
-    state = dataclasses.replace(state, cache=cache)
+  # What can fail comes before the memory of the session is touched.
   known = None
   if script.picture is not None:
     known = engine.picture_latents(script.picture, first=index == 0)
@@ -170,6 +170,12 @@ def advance(engine: Engine, session: Session) -> tuple[Session, SessionChunk]:
   chunk = streaming.chunk_inputs(
     engine.model.config, sampling, moment, frame, noise, known
   )
+  # The last chunk may still be in the making: what it overwrote is fetched next time.
+  past = session.past.on_host(but=1)
+  cache, lost = state.cache, ()
+  if rule is not None:
+    cache, lost = rewriting.follow(rule, engine, cache, script, past)
+    state = dataclasses.replace(state, cache=cache)
   lost = (*lost, history.look(cache, chunk.frames, chunk.cut, sampling))
   step = history.Step(index, session.settled, lost, state.finite)
   latents, finite, decoded, state = streaming.step(
@@ -260,18 +266,19 @@ def bytes_of(engine: Engine) -> dict[str, int]:
   """Memory that a session takes.
 
   Returns:
-    device: cache, decoder and what waits to go to the host; host: those of an idle
-    session; history: of all chunks that it can be rewound to, on the host, without
-    those that a recache overwrote: as much again for each of these.
+    device: cache, decoder, and what was overwritten and waits to go to the host.
+    host: cache and decoder, while it waits there itself.
+    history: on the host always: what history_chunks chunks overwrote, and latents.
+      Each chunk that a recache wrote again adds as much as one of these.
   """
   state = jax.eval_shape(lambda: empty_state(engine, 0))
-  cache = (state.cache.k, state.cache.v)
   n, window = engine.sampling.frames_per_chunk, engine.sampling.window_frames
-  chunk = _bytes(cache) * n // window
+  chunk = _bytes((state.cache.k, state.cache.v)) * n // window
+  latents = 4 * n * math.prod(engine.latent_shape) * _latents_kept(engine)
   return {
-    "device": _bytes(state) + chunk,
+    "device": _bytes(state) + 2 * chunk,
     "host": _bytes(state),
-    "history": engine.history_chunks * chunk,
+    "history": engine.history_chunks * chunk + latents,
   }
 
 
@@ -290,18 +297,19 @@ def empty_state(engine: Engine, seed: int) -> StreamState:
   )
 
 
-def _bounded(engine: Engine, past: History, script: Script) -> History:
-  """The past that is kept.
+def _latents_kept(engine: Engine) -> int:
+  """Of how many chunks: what rebuilds the decoder, and what a recache may write again,
+  after a rewind, too."""
+  window = engine.sampling.window_frames // engine.sampling.frames_per_chunk
+  return engine.history_chunks + max(window, engine.decoder_chunks)
 
-  Of latents: what rebuilds the decoder, and what a recache may write again, after a
-  rewind, too.
-  """
-  window = -(-engine.sampling.window_frames // engine.sampling.frames_per_chunk)
-  latents = engine.history_chunks + max(window, engine.decoder_chunks)
+
+def _bounded(engine: Engine, past: History, script: Script) -> History:
+  """The past that is kept: with the starts of its shots, which may be sinks."""
   sinks = max(1, engine.sink_chunks)
   told = [script, *(step.script for step in past.steps)]
   starts = {each.shot_start + i for each in told for i in range(sinks)}
-  return past.bounded(engine.history_chunks, latents, starts)
+  return past.bounded(engine.history_chunks, _latents_kept(engine), starts)
 
 
 def _check_reachable(engine: Engine, session: Session, chunk: int) -> None:
