@@ -8,6 +8,7 @@ state is whole. So the folder can be used whenever the process was killed: chunk
 the state, and states that were never finished, are dropped.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -45,9 +46,10 @@ class Shelf:
 
   def check_room(self, more: int) -> None:
     """Raises OSError if so many bytes more are too many, or not there."""
-    used = sum(
-      file.stat().st_size for file in self._folder.rglob("*") if file.is_file()
-    )
+    used = 0
+    for file in self._folder.rglob("*"):
+      with contextlib.suppress(OSError):  # deleted meanwhile
+        used += file.stat().st_size
     free = shutil.disk_usage(self._folder).free
     if more > min(free, self._most - used):
       raise OSError(
