@@ -144,6 +144,14 @@ class Client:
           return event
       self.hear()
 
+  def told(self, kind: str) -> int:
+    """How many chunks there were when a command was followed."""
+    while True:
+      for event in self.heard:
+        if event["event"] == "told" and event["kind"] == kind:
+          return event["chunk"]
+      self.hear()
+
   def chunks(self, count: int) -> None:
     """Waits until the session has so many chunks."""
     while self.length() < count:
