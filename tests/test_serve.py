@@ -355,7 +355,17 @@ def hears(c, kind: str) -> bool:
 
 
 # ------------------------------------------------------------------ kill, stop, restart
-def start_process(folder, programs):
+@pytest.fixture
+def processes():
+  """Whatever fails, none of them stays."""
+  started: list[subprocess.Popen] = []
+  yield started
+  for process in started:
+    process.kill()
+    process.wait()
+
+
+def start_process(processes, folder, programs):
   port = free_port()
   root = Path(__file__).parents[1]
   path = os.pathsep.join([str(root), str(root / "tests"), str(root / "tools")])
@@ -366,6 +376,7 @@ def start_process(folder, programs):
     stderr=subprocess.PIPE,
     text=True,
   )  # fmt: skip
+  processes.append(process)
   for line in process.stderr:
     if '"event": "ready"' in line:
       break
@@ -373,9 +384,11 @@ def start_process(folder, programs):
   return process, f"127.0.0.1:{port}"
 
 
-def test_killed_at_any_moment_it_goes_on_from_its_save_with_the_same_bytes(tmp_path):
+def test_killed_at_any_moment_it_goes_on_from_its_save_with_the_same_bytes(
+  tmp_path, processes
+):
   folder, programs = tmp_path / "sessions", tmp_path / "programs"
-  process, host = start_process(folder, programs)
+  process, host = start_process(processes, folder, programs)
   with client(host) as c:
     session = c.ask("create", text=RED)["session"]
     c.chunks(1)
@@ -385,7 +398,7 @@ def test_killed_at_any_moment_it_goes_on_from_its_save_with_the_same_bytes(tmp_p
     before = dict(c.media)
     process.kill()
   process.wait()
-  process, host = start_process(folder, programs)
+  process, host = start_process(processes, folder, programs)
   with client(host) as c:
     c.ask("watch", session=session)
     saved = len(c.heard[0]["chunks"])
