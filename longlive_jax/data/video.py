@@ -191,20 +191,14 @@ class VideoWriter:
     if height % 2 or width % 2:
       raise ValueError(f"height={height}, width={width} must be even for yuv420p")
     self._shape = (height, width, 3)
-    fps = str(self._fps)
-    gop = str(max(1, round(self._fps)))
-    command = [
-      *(imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error"),
-      *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"),
-      *("-r", fps, "-i", "pipe:0", "-vf", "scale=out_color_matrix=bt709"),
-      *("-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", self._preset),
-      *("-crf", str(self._crf), "-tune", "zerolatency"),
-      *("-threads", "1" if height * width < 1 << 18 else "0"),
-      *("-g", gop, "-keyint_min", gop, "-sc_threshold", "0"),
-      *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
-      *("-movflags", "frag_keyframe+empty_moov+default_base_moof"),
-      *("-flush_packets", "1", "-f", "mp4", "pipe:1"),
-    ]
+    command = encoder_command(
+      height,
+      width,
+      fps=self._fps,
+      keyframes=max(1, round(self._fps)),
+      crf=self._crf,
+      preset=self._preset,
+    )
     # A session of its own: Ctrl-C must end the program's loop, not the encoder,
     # which still has the last fragment to write.
     self._process = subprocess.Popen(
@@ -214,3 +208,37 @@ class VideoWriter:
       stderr=self._log,
       start_new_session=True,
     )
+
+
+def encoder_command(
+  height: int,
+  width: int,
+  *,
+  fps: float,
+  keyframes: int,
+  crf: int = 16,
+  preset: str = "veryfast",
+) -> list[str]:
+  """ffmpeg from raw RGB frames on stdin to a fragmented MP4 on stdout.
+
+  Args:
+    height, width: of the frames, even.
+    fps: frame rate.
+    keyframes: a fragment, begun by a keyframe, every so many frames.
+    crf, preset: of x264.
+  """
+  rate = str(fps)
+  return [
+    *(imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error"),
+    *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"),
+    *("-r", rate, "-i", "pipe:0", "-vf", "scale=out_color_matrix=bt709"),
+    *("-c:v", "libx264", "-pix_fmt", "yuv420p", "-preset", preset),
+    *("-crf", str(crf), "-tune", "zerolatency"),
+    *("-threads", "1" if height * width < 1 << 18 else "0"),
+    *("-g", str(keyframes), "-keyint_min", str(keyframes), "-sc_threshold", "0"),
+    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+    *("-movflags", "frag_keyframe+empty_moov+default_base_moof"),
+    # Else a time scale that depends on the rate: see serve/mp4.py.
+    *("-video_track_timescale", str(round(1000 * fps))),
+    *("-flush_packets", "1", "-f", "mp4", "pipe:1"),
+  ]
