@@ -3,7 +3,7 @@
   python launch/serve.py                      then open http://127.0.0.1:8000
 
 Needs the extra `serve`: pip install -e '.[serve]'. Networks and settings are those of
-launch/generate.py:
+launch/generate.py, but on one device, and nothing is planned (`plan` is not read):
 
   ... --config configs/generate.py:ti2v-5b --config.weights=DIR --config.steps=4
   ... --host 0.0.0.0 --token_file token.txt   others may connect; they need the token
@@ -57,7 +57,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("connections", Limits.connections, "Most connections.")
   flags.DEFINE_integer("chunks", Limits.chunks, "Most chunks of a video.")
   flags.DEFINE_float("messages", Limits.messages_a_second, "A second, a connection.")
-  flags.DEFINE_float("disk_gb", Limits.disk_bytes / 1e9, "Most that is kept.")
+  flags.DEFINE_float("disk_gb", Limits.disk_bytes / 1e9, "Beyond it no state is saved.")
   flags.DEFINE_float("device_gb", 0, "Device memory for sessions; 0: most of it.")
   flags.DEFINE_float("host_gb", 0, "Host memory for sessions; 0: most of it.")
 

@@ -5,6 +5,7 @@ gets its name when it is whole, so that a save that fails leaves the one before.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,14 @@ def _record(path: str | Path) -> dict[str, Any]:
 
 def _settings(engine: Engine) -> dict[str, Any]:
   """What must not change between saving and loading, as JSON reads it."""
-  return {
+  settings = {
     **dataclasses.asdict(engine.sampling),
     "height": engine.height,
     "width": engine.width,
     "dtype": str(engine.model.dtype),
     "model": dataclasses.asdict(engine.model.config),
   }
+  return json.loads(json.dumps(settings))  # which has lists where there were tuples
 
 
 def _script_record(script: Script) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
@@ -107,6 +106,16 @@ class _Headers:
       await send(message)
 
     await self._app(scope, receive, send_more)
+
+
+class _Temporary(FileResponse):
+  """Deletes its file in the end, also when a bad range is asked for or nobody reads."""
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      os.unlink(self.path)
 
 
 def _page_file(name: str) -> Endpoint:
@@ -216,12 +225,7 @@ class _Server:
       except BaseException:
         os.unlink(path)
         raise
-      return FileResponse(
-        path,
-        media_type=kind,
-        filename=f"{name}.{suffix}",
-        background=BackgroundTask(os.unlink, path),
-      )
+      return _Temporary(path, media_type=kind, filename=f"{name}.{suffix}")
 
     return await self._of_session(request, answer)
 

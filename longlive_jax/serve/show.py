@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 
+from longlive_jax.serve.record import Record
 from longlive_jax.serve.watchers import Watcher
 
 ANCHORS = 16  # shots of which the first chunk is remembered
@@ -33,6 +34,11 @@ class Show:
     """Nothing is left to be played, and the clock starts with the next chunk."""
     self._free = time.monotonic()
     self._ends: collections.deque[tuple[float, int]] = collections.deque()
+
+  def keep(self, record: Record) -> None:
+    """Forgets shots that the video has no more."""
+    shots = {chunk.made.shot for chunk in record.chunks}
+    self.anchors = {shot: a for shot, a in self.anchors.items() if shot in shots}
 
   def add(self, chunks: int, seconds: float) -> None:
     """One more chunk to play: then they are `chunks`."""

@@ -76,6 +76,7 @@ class Studio:
     self._saving: dict[str, Future] = {}
     self._thread = threading.Thread(target=self._work, name="studio", daemon=True)
     self._ready, self._stopping = threading.Event(), threading.Event()
+    self._ended = threading.Event()
     self._step_started = time.monotonic()
 
   # ---------------------------------------------------------------- for any thread
@@ -101,13 +102,13 @@ class Studio:
   def submit(self, work: Callable[[], Any]) -> Future:
     """Has something done on the studio's thread, between chunks.
 
-    Raises:
-      OSError: the thread has ended.
+    Returns:
+      what comes of it: an OSError if the thread has ended.
     """
-    if self.status == "failed":
-      raise OSError("the server has failed; its log says why")
     future: Future = Future()
     self._inbox.put((work, future))
+    if self._ended.is_set():
+      self._refuse()
     return future
 
   def gauges(self) -> Iterable[tuple[str, str, str, float]]:
@@ -195,6 +196,7 @@ class Studio:
         show.told = None
         self._scheduler.shown(name, chunk)
         self.records[name] = record.until(chunk)
+        show.keep(self.records[name])
         self._tell(name, {"event": "rewound", "chunk": chunk})
         self._update(name, error="")
       case _:
@@ -236,8 +238,18 @@ class Studio:
         self._round()
       self._close()
     except Exception:
-      self._ready.set()
       logging.getLogger("longlive_jax.serve").exception("the studio failed")
+    self._ready.set()
+    self._ended.set()
+    self._refuse()
+
+  def _refuse(self) -> None:
+    """Answers what nobody will do any more."""
+    with contextlib.suppress(queue.Empty):
+      while True:
+        _, future = self._inbox.get_nowait()
+        if future.set_running_or_notify_cancel():
+          future.set_exception(OSError("the server is stopping; its log says why"))
 
   def _round(self) -> None:
     """What was asked for, what the clocks allow, and one chunk."""
@@ -374,6 +386,7 @@ class Studio:
       raise ValueError(f"the disk refused the branch: {error}") from error
     self._admit(new, branch)
     self._shows[new].anchors = dict(self._shows[name].anchors)
+    self._shows[new].keep(branch)
     self._save_if_idle(new)
     self._tell(name, {"event": "branched", "session": new, "chunk": chunk})
     event("branched", session=name, branch=new, chunk=chunk)

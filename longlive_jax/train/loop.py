@@ -70,14 +70,15 @@ class MetricsLog:
     Raises:
       FloatingPointError: one is not finite; names the step and its clips.
     """
-    losses = jax.device_get([metrics["loss"] for _, metrics, _ in self._pending])
-    for (step, _, clips), loss in zip(self._pending, losses, strict=True):
-      if not np.isfinite(loss):
-        of = f", of clips {', '.join(clips)}" if clips else ""
-        raise FloatingPointError(
-          f"loss={loss} in step {step}{of}; go on from the last checkpoint with a "
-          "smaller optimizer.learning_rate or optimizer.clip"
-        )
+    for step, metrics, clips in self._pending:
+      losses = {name: a for name, a in metrics.items() if name.endswith("loss")}
+      for name, loss in jax.device_get(losses).items():
+        if not np.isfinite(loss):
+          of = f", of clips {', '.join(clips)}" if clips else ""
+          raise FloatingPointError(
+            f"{name}={loss} in step {step}{of}; go on from the last checkpoint with a "
+            "smaller learning_rate or clip of the optimiser"
+          )
 
 
 class Checkpoints:
@@ -200,12 +201,12 @@ def run(
         if saves or stopping:
           metrics_log.check()
       except FloatingPointError:
-        checkpoints.wait()
         folder = checkpoints.folder.with_name("failed")
         failed = Checkpoints(folder, 1, checkpoints.base)
         failed.save(step, state, position())
         failed.wait()
         log.error("the state after step %d is kept in %s", step, folder)
+        checkpoints.wait()  # the one under way, which may raise, too
         raise
       if logs:
         report = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)

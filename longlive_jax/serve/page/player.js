@@ -44,8 +44,12 @@ class Player {
     const done = new Promise((resolve, reject) => {
       socket.onopen = () => this.send(hello).then(resolve, reject);
       socket.onclose = () => {
-        reject(new Error("the server closed the connection"));
-        if (this.socket === socket) setTimeout(() => this.reopen(), 1000);
+        const gone = new Error("the server closed the connection");
+        reject(gone);
+        if (this.socket !== socket) return;
+        for (const answer of this.answers.values()) answer.reject(gone);
+        this.answers.clear();
+        setTimeout(() => this.reopen(), 1000);
       };
     });
     socket.onmessage = (message) => this.hear(message.data);
@@ -266,6 +270,7 @@ class Player {
   }
 
   close(why = "") {
+    if (this.closed) return;
     this.closed = true;
     clearInterval(this.timer);
     this.socket?.close();
