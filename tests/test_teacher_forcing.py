@@ -327,7 +327,7 @@ def test_the_default_is_pieces_for_half_precision_on_gpus_only():
 @pytest.mark.parametrize(
   ("shape", "dtype", "implementation", "message"),
   [
-    ((1, 12, 1, 16), "float32", "flash", "implementation='flash' is unknown; use trit"),
+    ((1, 12, 1, 16), "float32", "flash", "implementation='flash' is unknown; use piec"),
     ((1, 11, 1, 16), "float32", None, "must have layout.length=12 rows"),
     ((1, 12, 1, 24), "float32", "triton", "must end with a power of two"),
     ((1, 12, 1, 16), "int8", "triton", "q.dtype=int8 must be bfloat16"),
