@@ -111,11 +111,12 @@ HARDWARE = {
   "H200": H200,
   "H100": _published("NVIDIA H100", 80e9, PEAKS["H100"], 989e12, 3.35e12, 450e9),
   "B200": _published("NVIDIA B200", 180e9, PEAKS["B200"], 9000e12, 8e12, 900e9),
-  # Two cores, in float32; tools/bench_generate.py measures others.
+  # Two cores, the toy model in float32; tools/bench_generate.py measures others.
   "cpu": Hardware(
-    kind="cpu", source="assumed", memory=16e9, matrix=6e10, matrix_fp8=6e10,
-    matrix_fp4=6e10, attention=6e10, attention_fp8=6e10, convolution=6e10, copy=2e10,
-    link=2e10, host=2e10, denoise_share=0.5, decode_share=0.5, shared=True,
+    kind="cpu", source="those of two cores", memory=16e9, matrix=1.7e11,
+    matrix_fp8=1.7e11, matrix_fp4=1.7e11, attention=5.5e10, attention_fp8=5.5e10,
+    convolution=1.6e11, copy=4.2e10, link=2e10, host=4.2e10, denoise_share=0.67,
+    decode_share=0.37, shared=True,
   ),
 }  # fmt: skip
 
