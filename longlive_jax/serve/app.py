@@ -202,8 +202,9 @@ class _Server:
       states = self._studio.shelf.states(name)
       if not states:
         raise ValueError("nothing was saved yet; send a save")
+      chunks = self._studio.shelf.saved_chunks(states[-1])  # `record` may be older
       with tarfile.open(path, "w") as tar:
-        tar.add(states[-1], arcname=f"{name}-{record.saved}")
+        tar.add(states[-1], arcname=f"{name}-{chunks}")
 
     return await self._download(request, make, "application/x-tar", "tar")
 

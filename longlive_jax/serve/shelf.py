@@ -119,6 +119,10 @@ class Shelf:
       return []
     return sorted(path for path in folder.iterdir() if _STATE.fullmatch(path.name))
 
+  def saved_chunks(self, state: Path) -> int:
+    """How many chunks one of `states` has; raises as `saved_sessions.about`."""
+    return len(Record.read(saved_sessions.about(state)).chunks)
+
   def load(self, engine: Engine, session: str) -> tuple[Session, Record]:
     """The newest state that is whole.
 
