@@ -37,19 +37,21 @@ def follow(
     return cache, ()
   lost: list[Overwritten] = []
   sampling, n = engine.sampling, engine.sampling.frames_per_chunk
-  latents = {each.chunk: each.latents for each in past.on_host().latents}
+  # Latents alone come to the host: what was overwritten is hundreds of times as much.
+  latents = {each.chunk: each.latents for each in past.latents}
   held = np.array(cache.frame)[0]  # waits; a view would keep the cache's memory
   remembered = {int(frame) // n for frame in held if frame >= 0} & latents.keys()
   sinks = engine.sink_chunks if script.shot == 0 else int(sampling.pins)
   for chunk in recache.chunks_to_rewrite(rule, remembered, script.shot_start, sinks):
     starts = script.shot > 0 and chunk == script.shot_start
     moment = scripts.moment(engine, script, ((script.prompt, 1.0),), cut=starts)
+    clean = jax.device_get(latents[chunk])
     inputs = streaming.chunk_inputs(
-      engine.model.config, sampling, moment, chunk * n, latents[chunk]
+      engine.model.config, sampling, moment, chunk * n, clean
     )
     # A cut is made once: written again, its chunk forgets nothing.
     lost.append(history.look(cache, inputs.frames, np.array([False]), sampling))
-    cache = write_again(engine.model, cache, latents[chunk], inputs, sampling)
+    cache = write_again(engine.model, cache, clean, inputs, sampling)
   return cache, tuple(lost)
 
 
