@@ -1,19 +1,24 @@
 """How to generate. Sizes and options are arguments, everything else an override.
 
 python launch/generate.py --prompt "a red circle moves left"
-python launch/generate.py --config configs/generate.py:toy --config.steps=8 ...
+python launch/generate.py --config configs/generate.py:toy,steps=4 ...
+python launch/generate.py --config configs/generate.py:toy --config.steps=12 ...
 python launch/generate.py --config configs/generate.py:ti2v-5b,i2v ...
 python launch/generate.py --config configs/generate.py:toy,nvfp4,kv=nvfp4 ...
 python launch/generate.py \
   --config configs/generate.py:ti2v-5b,fp8,attention=fp8,kv=e4m3 ...
 """
 
+from pathlib import Path
+
 import ml_collections
 
 PRECISIONS = {"nvfp4": "w4a16", "w4a4": "w4a4", "fp8": "fp8"}
 KV_FORMATS = {"kv=nvfp4": "nvfp4", "kv=fp8": "fp8", "kv=e4m3": "e4m3"}
+FEW_STEPS = {"steps=4": 4, "steps=2": 2}
 OPTIONS = ("i2v", "no_sinks", "float32", "random", "attention=fp8",
-           *PRECISIONS, *KV_FORMATS)  # fmt: skip
+           *FEW_STEPS, *PRECISIONS, *KV_FORMATS)  # fmt: skip
+SHIPPED = Path(__file__).parents[1] / "longlive_jax" / "assets" / "toy"
 
 
 def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
@@ -26,10 +31,12 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
       measure speed), 'nvfp4' (quantise the transformer's weights while loading them),
       'w4a4' (and its activations as it runs), 'fp8' (both, in 8 bits), 'kv=nvfp4',
       'kv=fp8' or 'kv=e4m3' (quantise the cache), 'attention=fp8' (multiply in 8 bits
-      in attention, too; fastest with 'kv=e4m3').
+      in attention, too; fastest with 'kv=e4m3'), 'steps=4' or 'steps=2' (the toy's
+      shipped adapter of so many steps, which need no guidance).
 
   Raises:
-    ValueError: unknown size or option, or two that exclude each other.
+    ValueError: unknown size or option, or two that exclude each other, or an adapter
+      for a size that has none.
   """
   size, *options = arg.split(",")
   if size not in ("toy", "ti2v-5b"):
@@ -37,7 +44,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   for option in options:
     if option not in OPTIONS:
       raise ValueError(f"config option={option!r} is unknown; use {', '.join(OPTIONS)}")
-  for group in (PRECISIONS, KV_FORMATS):
+  for group in (FEW_STEPS, PRECISIONS, KV_FORMATS):
     chosen = [name for name in group if name in options]
     if len(chosen) > 1:
       names = " and ".join(map(repr, chosen))
@@ -144,6 +151,14 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   if "random" in options:
     config.weights = "random"
   for option in options:
+    if steps := FEW_STEPS.get(option):
+      if size != "toy":
+        raise ValueError(
+          f"config option={option!r} has no adapter for {size!r}; set config.loras, "
+          "config.steps and config.guidance"
+        )
+      config.loras = (str(SHIPPED / f"lora_{steps}"),)
+      config.steps, config.guidance = steps, 1.0
     config.precision = PRECISIONS.get(option, config.precision)
     config.kv_format = KV_FORMATS.get(option, config.kv_format)
   return config

@@ -614,6 +614,10 @@ def test_config_arguments():
   assert (full.height, full.width, full.dtype) == (704, 1280, "bfloat16")
   assert full.i2v and full.weights == "random" and full.sink_frames == 8
   assert get_config("toy,no_sinks").sink_frames == 0
+  few = get_config("toy,steps=2")
+  assert (few.steps, few.guidance) == (2, 1.0) and few.loras[0].endswith("toy/lora_2")
+  with pytest.raises(ValueError, match="no adapter for 'ti2v-5b'"):
+    get_config("ti2v-5b,steps=4")
   plain, packed = get_config("toy"), get_config("ti2v-5b,nvfp4,kv=nvfp4")
   assert (plain.precision, plain.kv_format) == ("", "")
   assert (packed.precision, packed.kv_format) == ("w4a16", "nvfp4")
