@@ -324,12 +324,7 @@ def scores(
   scenes: Sequence[Scene], outcome: Outcome, baseline: Outcome
 ) -> dict[str, float]:
   """The table's row of a variant."""
-  right = [
-    detectors.matches(detection, scene.subject, shot)
-    for scene, row in zip(scenes, outcome.found, strict=True)
-    for shot, detection in zip(scene.shots, row, strict=True)
-  ]
-  row = {name: float(np.mean([r[name] for r in right])) for name in right[0]}
+  row = eval_toy.score_all_shots(scenes, outcome.found)
   row["subject kept"] = eval_toy.score_identity(outcome.found)["subject kept"]
   moved, before = (
     detectors.motion_amount(itertools.chain(*each.found))

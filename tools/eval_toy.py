@@ -294,6 +294,18 @@ def score_last_shot(
   return scores
 
 
+def score_all_shots(
+  scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
+) -> dict[str, float]:
+  """Shares of right attributes over all shots of all scenes."""
+  right = [
+    detectors.matches(detection, scene.subject, shot)
+    for scene, row in zip(scenes, found, strict=True)
+    for shot, detection in zip(scene.shots, row, strict=True)
+  ]
+  return {name: _share(r[name] for r in right) for name in right[0]}
+
+
 def score_identity(found: Sequence[Sequence[Detection]]) -> dict[str, float]:
   """How often every later shot shows the subject of the first one."""
   shape, colour, both = [], [], []
