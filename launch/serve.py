@@ -57,7 +57,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("connections", Limits.connections, "Most connections.")
   flags.DEFINE_integer("chunks", Limits.chunks, "Most chunks of a video.")
   flags.DEFINE_float("messages", Limits.messages_a_second, "A second, a connection.")
-  flags.DEFINE_float("disk_gb", Limits.disk_bytes / 1e9, "Beyond it no state is saved.")
+  flags.DEFINE_float("disk_gb", Limits.disk_bytes / 1e9, "Beyond it nothing is kept.")
   flags.DEFINE_float("device_gb", 0, "Device memory for sessions; 0: most of it.")
   flags.DEFINE_float("host_gb", 0, "Host memory for sessions; 0: most of it.")
 

@@ -134,7 +134,7 @@ def test_turns_are_even_whoever_joins_sleeps_and_leaves(scheduler, turns):
   assert max(counts) - min(counts) <= 1 and sum(counts) >= 30
   gone = scheduler.remove("a")
   scheduler.drain()
-  assert gone.result().chunk > 10 and gone.result().on_host
+  assert gone.result().chunk > 10
   del turns[:]
   run(scheduler, 10, watch=("sleeper", "new"))
   assert {name for name, _ in turns} == {"sleeper", "new"}

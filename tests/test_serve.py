@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -248,13 +249,16 @@ def test_without_the_token_there_is_nothing(engine, tmp_path):
 # ------------------------------------------------------------------ limits
 def test_limits_of_sessions_connections_and_chunks(engine, tmp_path):
   limits = Limits(sessions=1, connections=2, chunks=2)
-  with running(make_studio(engine, tmp_path, limits)) as host, client(host) as c:
+  studio = make_studio(engine, tmp_path, limits)
+  with running(studio) as host, client(host) as c:
     c.ask("create", text=RED)
     assert "as many as the server allows" in c.ask("branch")["message"]
     c.chunks(2)
     while not any(e.get("paused") for e in c.heard):
       c.hear()
     assert "the most it may" in c.ask("resume")["message"]
+    time.sleep(0.2)  # a third one would be under way
+    assert len(next(iter(studio.records.values())).chunks) == 2
     with client(host) as other:
       assert "as many as" in other.ask("create", text=RED)["message"]
       with pytest.raises(InvalidStatus), client(host):
@@ -341,6 +345,8 @@ def test_a_broken_session_a_broken_encoder_and_a_full_disk_are_one_sessions(
     until(lambda: any(hears(each, "problem") for each in both))
     monkeypatch.setattr(studio.shelf, "_most", 1000)
     assert "do not fit" in bad.ask("save")["message"]
+    bad.chunks(bad.length() + 1)  # shown, not kept
+    assert any("do not fit" in e.get("message", "") for e in bad.heard)
     bad.ask("cut", text=GREEN)
     while not any("decoder is broken" in e.get("error", "") for e in bad.heard):
       bad.hear()

@@ -140,7 +140,7 @@ class Scheduler:
   ):
     if ahead < 1:
       raise ValueError(f"ahead={ahead} must be at least 1 chunk")
-    self._engine, self._ahead, self._life = engine, ahead, life or Life()
+    self._engine, self.ahead, self._life = engine, ahead, life or Life()
     self.capacity = _capacity(self._life.bytes_of(engine), device_bytes, host_bytes)
     self._entries: dict[str, _Entry] = {}
     self._changed = threading.Condition()
@@ -193,12 +193,12 @@ class Scheduler:
     return self._enqueue(name, lambda entry: self._life.to_host(_alive(entry)))
 
   def remove(self, name: str) -> Future:
-    """Takes a session out; the future has it, in host memory, or None if it failed."""
+    """Takes a session out; the future has it as it is, or None if it failed."""
 
     def work(entry: _Entry) -> Session | None:
       with self._changed:
         del self._entries[name]
-      return None if entry.session is None else self._life.to_host(entry.session)
+      return entry.session
 
     return self._enqueue(name, work)
 
@@ -370,7 +370,7 @@ class Scheduler:
     session = entry.session
     if session is None or entry.error or session.paused:
       return False
-    return session.chunk - entry.shown < self._ahead
+    return session.chunk - entry.shown < self.ahead
 
   def _has_work(self) -> bool:
     entries = self._entries.values()

@@ -27,7 +27,8 @@ class Limits:
     refusals: messages over the rate after which a connection is closed.
     chunks: of one video; it then pauses.
     queue: events that wait for a slow watcher before older ones are dropped.
-    disk_bytes: of videos and states; beyond it no more states are saved.
+    disk_bytes: of videos and states; beyond it chunks are shown but not kept, and no
+      states are saved.
   """
 
   sessions: int = 16

@@ -32,12 +32,13 @@ class Shelf:
 
   Args:
     folder: made if it is not there.
-    most_bytes: that it may hold.
+    most_bytes: that it may hold, videos and states.
   """
 
   def __init__(self, folder: Path, most_bytes: float):
     self._folder, self._most = folder, most_bytes
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    self._used = self._measure()
 
   def sessions(self) -> list[str]:
     """All ids on disk, the oldest first."""
@@ -45,25 +46,38 @@ class Shelf:
     return [path.name for path in sorted(found, key=lambda p: p.stat().st_mtime)]
 
   def check_room(self, more: int) -> None:
-    """Raises OSError if so many bytes more are too many, or not there."""
+    """Looks at all files. Raises OSError if so many bytes more are too many."""
+    self._used = self._measure()
+    self._check(more)
+
+  def _measure(self) -> int:
     used = 0
     for file in self._folder.rglob("*"):
       with contextlib.suppress(OSError):  # deleted meanwhile
         used += file.stat().st_size
+    return used
+
+  def _check(self, more: int) -> None:
     free = shutil.disk_usage(self._folder).free
-    if more > min(free, self._most - used):
+    if more > min(free, self._most - self._used):
       raise OSError(
-        f"{more / 1e6:,.0f} MB do not fit: {used / 1e6:,.0f} MB of "
-        f"{self._most / 1e6:,.0f} are used, {free / 1e6:,.0f} MB of the disk are free"
+        f"{more / 1e6:,.1f} MB do not fit: {self._used / 1e6:,.1f} MB of "
+        f"{self._most / 1e6:,.1f} are used, {free / 1e6:,.1f} MB of the disk are free"
       )
 
   # ---------------------------------------------------------------- chunks
   def keep_chunk(self, session: str, index: int, media: bytes) -> str:
-    """Writes one chunk; its file name. Raises OSError."""
+    """Writes one chunk; its file name. Raises OSError, also where it does not fit.
+
+    What is used is what the last look at all files found, and the chunks since: a look
+    for every chunk would take longer than the chunk.
+    """
+    self._check(len(media))
     folder = self._path(session, "chunks")
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{index:06d}-{secrets.token_hex(4)}.mp4"
     (folder / name).write_bytes(media)
+    self._used += len(media)
     return name
 
   def chunk(self, session: str, name: str) -> bytes:

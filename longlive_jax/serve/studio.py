@@ -11,7 +11,6 @@ stands still while nobody watches.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import queue
 import threading
@@ -29,7 +28,7 @@ from longlive_jax.generate.engine import Engine
 from longlive_jax.generate.scheduler import Produced, Scheduler
 from longlive_jax.generate.session import Session
 from longlive_jax.serve import metrics as numbers
-from longlive_jax.serve import mp4
+from longlive_jax.serve import mp4, news
 from longlive_jax.serve.limits import Limits, new_session
 from longlive_jax.serve.logs import event
 from longlive_jax.serve.metrics import Metrics
@@ -149,13 +148,13 @@ class Studio:
       ValueError: there is no such session.
     """
     record = self.record(name)
-    watcher.put(self._whole(name))
+    watcher.put(news.whole(self.engine, name, record))
     if record.chunks and record.chunks[-1].media:
       # So that there is a picture; older ones are had by HTTP.
       last = record.chunks[-1]
       with contextlib.suppress(OSError):
         media = self.shelf.chunk(name, last.media)
-        watcher.put(self._chunk_item(name, last, media))
+        watcher.put(self._chunk_made(name, last, media))
     self._shows[name].watchers.add(watcher)
 
   def leave(self, name: str, watcher: Watcher) -> None:
@@ -194,7 +193,7 @@ class Studio:
       case commands.Rewind(chunk):
         show.rewind()
         show.told = None
-        self._scheduler.shown(name, chunk)
+        self._shown(name, chunk)
         self.records[name] = record.until(chunk)
         show.keep(self.records[name])
         self._tell(name, {"event": "rewound", "chunk": chunk})
@@ -329,7 +328,7 @@ class Studio:
       self.metrics.latency("switch", now - show.told)
     show.asked = show.told = None
     show.add(index + 1, len(frames) / self.engine.fps)
-    self._hand_out(name, self._chunk_item(name, chunk, media))
+    self._hand_out(name, self._chunk_made(name, chunk, media))
     event("chunk", session=name, chunk=index, seconds=chunk.seconds)
     self._update(name)  # what can be rewound to moved, too
     if index + 1 >= self.limits.chunks:
@@ -341,7 +340,7 @@ class Studio:
   def _look_at_clocks(self) -> None:
     for name, show in self._shows.items():
       if show.watchers and (played := show.played()) is not None:
-        self._scheduler.shown(name, played)
+        self._shown(name, played)
 
   def _until_clock(self) -> float:
     waits = [show.wait() for show in self._shows.values() if show.watchers]
@@ -358,7 +357,7 @@ class Studio:
   def _admit(self, name: str, record: Record, asked: float | None = None) -> None:
     self.records[name] = record
     self._shows[name] = Show(asked)
-    self._scheduler.shown(name, len(record.chunks))
+    self._shown(name, len(record.chunks))
 
   def _branch(self, name: str, chunk: int | None) -> str:
     self._check_count()
@@ -487,38 +486,23 @@ class Studio:
     self.records[name] = dataclasses.replace(self.records[name], **changes)
     self._tell(name, {"event": "status", **self.records[name].status()})
 
-  def _tell(self, name: str, news: dict[str, Any]) -> None:
-    self._hand_out(name, Item(json.dumps({"session": name, **news})))
+  def _tell(self, name: str, what: dict[str, Any]) -> None:
+    self._hand_out(name, news.event(name, **what))
 
   def _hand_out(self, name: str, item: Item) -> None:
     for watcher in self._shows[name].watchers if name in self._shows else ():
       if not watcher.put(item):
-        lost = watcher.restart(self._whole(name), item)
+        now = news.whole(self.engine, name, self.records[name])
+        lost = watcher.restart(now, item)
         self.metrics.count("dropped", lost)
 
-  def _whole(self, name: str) -> Item:
-    """All of a session, for who knows nothing of it."""
-    record = self.records[name]
-    about = {
-      "event": "state",
-      "session": name,
-      "fps": self.engine.fps,
-      "width": self.engine.width,
-      "height": self.engine.height,
-      "chunks": [dataclasses.asdict(chunk) for chunk in record.chunks],
-      **record.status(),
-    }
-    return Item(json.dumps(about))
+  def _chunk_made(self, name: str, chunk: Chunk, media: bytes) -> Item:
+    return news.chunk_made(name, chunk, media, self.metrics.fps())
 
-  def _chunk_item(self, name: str, chunk: Chunk, media: bytes) -> Item:
-    """A chunk, and its media, which follows as a binary message if there is any."""
-    about = {
-      "event": "chunk",
-      "session": name,
-      "chunk": dataclasses.asdict(chunk),
-      "media": len(media),
-      "codec": mp4.codec(media) if media else "",
-      "made_fps": round(self.metrics.fps(), 2),
-      "memory": numbers.memory(),
-    }
-    return Item(json.dumps(about), media)
+  def _shown(self, name: str, chunks: int) -> None:
+    """Lets a session go on behind what was seen of it, but not beyond the limit.
+
+    The next chunk is under way when one is published: pausing would come too late.
+    """
+    most = self.limits.chunks - self._scheduler.ahead
+    self._scheduler.shown(name, min(chunks, most))
