@@ -99,16 +99,23 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     video_vae=video_vae if cuts_off(config) else None,
   )
   fixed = meshes.replicate(fixed, mesh)
-  generator = init_generator(config, sources, fixed.base)
-  count = sum(a.size for a in jax.tree.leaves(generator))
+  generator_optimizer, critic_optimizer = make_optimizers(config)
+  # Nothing holds the parameters but the state: it is split over the devices.
+  state = train_state.init_state_on(
+    mesh, init_generator(config, sources, fixed.base), generator_optimizer
+  )
+  count = sum(a.size for a in jax.tree.leaves(state.params))
   log.info("generator: %.2f million parameters", count / 1e6)
+  if config.mode == "dmd":
+    critic = train_state.init_state_on(
+      mesh, init_critic(config, sources, fixed.base), critic_optimizer, average=False
+    )
+    state = distill.DistillState(state, critic)
 
   # ------------------------------------------------------------------ the steps
   # One program each: the state, a batch and what is fixed -> the state and metrics.
-  generator_optimizer, critic_optimizer = make_optimizers(config)
   average = {"ema_decay": config.ema_decay, "ema_start": config.ema_start}
   if config.mode == "ode":
-    state = train_state.init_state(generator, generator_optimizer)
     kinds = [
       functools.partial(
         ode.ode_step, optimizer=generator_optimizer, steps=config.teacher_steps,
@@ -116,10 +123,6 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       )
     ]  # fmt: skip
   else:
-    critic = init_critic(config, sources, fixed.base)
-    state = distill.init_state(
-      generator, critic, generator_optimizer, critic_optimizer
-    )
     kinds = [
       functools.partial(distill.critic_step, optimizer=critic_optimizer),
       functools.partial(
@@ -127,18 +130,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
       ),
     ]
   specs = meshes.last_axis_specs(state, mesh)
-  state = meshes.spread(state, specs, mesh)
   key = jax.random.key(config.seed)
-
-  def program(number, kind):
-    def step(state, batch, fixed):
-      own = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
-      result = kind(state, batch, fixed, own, settings, mesh=mesh)
-      return meshes.constrain(result, (specs, P()), mesh)
-
-    return jax.jit(step, donate_argnums=0)
-
-  first_step, *later_steps = (program(i, kind) for i, kind in enumerate(kinds))
+  first_step, *later_steps = (
+    distill.program(step, number, settings, key, specs, mesh)
+    for number, step in enumerate(kinds)
+  )
 
   # ------------------------------------------------------------------ resume
   base = str(sources.dit.path)

@@ -14,6 +14,8 @@ in memory once, and may be quantised.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax.checkpoint.lora import Lora, attach_lora
 from longlive_jax.generate import sampler, schedule
 from longlive_jax.models import dit, vae
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.parallel import sharded_weights
 from longlive_jax.parallel.mesh import DATA
 from longlive_jax.train import dmd, flow, self_forcing
@@ -401,19 +404,6 @@ def critic_loss(
 # ------------------------------------------------------------------------ updates
 
 
-def init_state(
-  generator: Trained,
-  critic: Trained,
-  generator_optimizer: optax.GradientTransformation,
-  critic_optimizer: optax.GradientTransformation,
-) -> DistillState:
-  """The state at step 0, on the first device of each process."""
-  return DistillState(
-    train_state.init_state(generator, generator_optimizer),
-    train_state.init_state(critic, critic_optimizer, average=False),
-  )
-
-
 def critic_step(
   state: DistillState,
   stories: Stories,
@@ -458,3 +448,29 @@ def generator_step(
     "generator_gradient_norm": optax.global_norm(gradients),
   }
   return dataclasses.replace(state, generator=generator), metrics
+
+
+def program(
+  step: Callable[..., tuple[Any, dict[str, Array]]],
+  number: int,
+  settings: DistillSettings,
+  key: Array,
+  specs: Any,
+  mesh: Mesh | None = None,
+) -> Any:
+  """run(state, stories, fixed) -> (state, metrics), jitted; the state is given away.
+
+  Args:
+    step: `critic_step`, `generator_step` or `ode.ode_step`, with all that they are not
+      given here.
+    number: tells draws of the steps of an iteration apart.
+    key: of all iterations.
+    specs: PartitionSpecs of the state on the mesh.
+  """
+
+  def run(state: Any, stories: Stories, fixed: Fixed) -> tuple[Any, dict[str, Array]]:
+    own = jax.random.fold_in(jax.random.fold_in(key, state.step), number)
+    result = step(state, stories, fixed, own, settings, mesh=mesh)
+    return meshes.constrain(result, (specs, P()), mesh)
+
+  return jax.jit(run, donate_argnums=0)

@@ -75,14 +75,17 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+  """AdamW. With beta1 = 0 its first moment, the gradient itself, is not kept."""
+  beta1, beta2 = settings.beta1, settings.beta2
+  if beta1:
+    scale = optax.scale_by_adam(beta1, beta2)
+  else:
+    scale = optax.scale_by_rms(beta2, eps_in_sqrt=False, bias_correction=True)
   return optax.chain(
     optax.clip_by_global_norm(settings.clip),
-    optax.adamw(
-      learning_rate(settings),
-      b1=settings.beta1,
-      b2=settings.beta2,
-      weight_decay=settings.weight_decay,
-    ),
+    scale,
+    optax.add_decayed_weights(settings.weight_decay),
+    optax.scale_by_learning_rate(learning_rate(settings)),
   )
 
 
@@ -91,22 +94,25 @@ def init_state_on(
   params: Any,
   optimizer: optax.GradientTransformation,
   errors: ErrorBuffers | None = None,
+  *,
+  average: bool = True,
 ) -> TrainState:
   """State at step 0, split over a mesh as `mesh.last_axis_specs` says.
 
-  Averages and moments are made where they belong: one device has no room for all.
+  Averages and moments are made where they belong: one device has no room for all. Nor
+  has it for parameters that someone still holds: give them away.
   """
   if mesh is None:
-    return init_state(params, optimizer, errors)
+    return init_state(params, optimizer, errors, average=average)
 
   def fresh(params: Any, errors: ErrorBuffers | None) -> TrainState:
-    return fresh_state(params, optimizer, errors)
+    return fresh_state(params, optimizer, errors, average=average)
 
-  given = params, errors
-  given = meshes.spread(given, meshes.last_axis_specs(given, mesh), mesh)
-  specs = meshes.last_axis_specs(jax.eval_shape(fresh, *given), mesh)
+  specs = meshes.last_axis_specs((params, errors), mesh)
+  params, errors = meshes.spread((params, errors), specs, mesh)
+  specs = meshes.last_axis_specs(jax.eval_shape(fresh, params, errors), mesh)
   places = jax.tree.map(lambda spec: meshes.sharding(mesh, spec), specs)
-  return jax.jit(fresh, out_shardings=places, donate_argnums=0)(*given)
+  return jax.jit(fresh, out_shardings=places, donate_argnums=0)(params, errors)
 
 
 def init_state(
