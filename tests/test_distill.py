@@ -252,7 +252,10 @@ def test_steps_change_adapters_alone_on_a_base_in_four_bits(base):
   optimizer = train_state.make_optimizer(
     train_state.OptimizerSettings(steps=9, learning_rate=1e-2)
   )
-  start = distill.init_state(adapter(base, 1), adapter(base, 2), optimizer, optimizer)
+  start = distill.DistillState(
+    train_state.init_state(adapter(base, 1), optimizer),
+    train_state.init_state(adapter(base, 2), optimizer, average=False),
+  )
   key = jax.random.key(0)
 
   @jax.jit

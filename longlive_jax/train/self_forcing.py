@@ -166,7 +166,7 @@ def rollout(
 
   Args:
     model: the generator.
-    cache: empty, or of frames that are given.
+    cache: empty.
     chunks: their inputs; every chunk has the same length.
     settings: static.
     adapter: of the generator, beside the model. It alone is differentiable then: no
@@ -220,11 +220,26 @@ def _detached_forward(trained, fixed, cache, chunks, settings):
   return found, (trained, fixed, cache, chunks)
 
 
+def _made_anew(cache: kv_cache.KVCache, after: Array) -> kv_cache.KVCache:
+  """An empty cache once more, which does not exist before `after`.
+
+  XLA would make one of two that are equal, and keep it from the first use to the last,
+  beside a copy for each of them.
+  """
+  zero, _ = lax.optimization_barrier((jnp.zeros((), jnp.int32), after))
+  k, v = jax.tree.map(
+    lambda leaf: jnp.broadcast_to(zero.astype(leaf.dtype), leaf.shape),
+    (cache.k, cache.v),
+  )
+  return dataclasses.replace(cache, k=k, v=v)
+
+
 def _detached_backward(settings, saved, cotangents):
   """Replays the rollout and adds up the derivatives of its chunks."""
   trained, fixed, cache, chunks = saved
   model = _generator(trained, fixed)
   slopes, _ = cotangents  # of the latents; the cache passes none on
+  cache = _made_anew(cache, slopes)
 
   def step(carry, inputs):
     cache, total = carry
@@ -242,6 +257,8 @@ def _detached_backward(settings, saved, cotangents):
     latents, total = lax.cond(
       inputs.trains, derive, lambda _: (latents_of(trained), total), None
     )
+    # The derivative reads the cache: written before, it would have to be copied.
+    latents, total = lax.optimization_barrier((latents, total))
     return (_remember(model, cache, inputs, latents, settings), total), None
 
   zeros = jax.tree.map(jnp.zeros_like, trained)
