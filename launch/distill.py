@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from absl import app, flags
 from absl import logging as absl_logging
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from longlive_jax.checkpoint import lora, store

@@ -154,7 +154,7 @@ def test_rollout_and_its_gradient(model, through_cache, gradient_frames):
   assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found)) > 1e-3
 
 
-def test_memory_of_the_detached_backward_pass_does_not_grow(model):
+def test_memory_of_the_backward_pass_grows_by_what_chunks_overwrite_or_not(model):
   def temporary(count, through_cache):
     settings = dataclasses.replace(PLAIN, through_cache=through_cache)
     chunks = _chunks(model, (0,) * count)
@@ -165,11 +165,13 @@ def test_memory_of_the_detached_backward_pass_does_not_grow(model):
     compiled = jax.jit(jax.grad(loss)).lower(model).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  cache = sum(leaf.nbytes for leaf in jax.tree.leaves(_cache(model)))
+  cache = _cache(model)
+  written = (cache.k.nbytes + cache.v.nbytes) * N // SAMPLING.window_frames
   latents = 4 * B * N * Y * Y * model.config.in_channels
   # Twelve chunks more: their latents, noise and so on, but not a cache each.
   assert temporary(16, False) - temporary(4, False) < 12 * 6 * latents
-  assert temporary(16, True) - temporary(4, True) > 12 * 0.9 * cache
+  more = temporary(16, True) - temporary(4, True)
+  assert 12 * 0.9 * written < more < 12 * (1.1 * written + 6 * latents)
 
 
 def test_chunks_are_cut_out_of_whole_videos(model):

@@ -10,8 +10,8 @@ each chunk, so the text encoder is not measured. Every device has a video of its
 its part of the state.
 
   --base        number format of the one transformer that adapters of generator and
-                critic stand beside, and that is the teacher: '' is --dtype, w4a16 NVFP4.
-                Its weights are random codes from the start.
+                critic stand beside, and that is the teacher; w4a16 is NVFP4, '' is
+                --dtype. Its weights are random codes from the start.
   --whole       no adapters: both networks are trained whole, beside a plain teacher.
   --gradient    through_cache or detached: see longlive_jax/train/self_forcing.py.
   --exit_step   last, of every chunk, is the longest that a rollout takes; shared and

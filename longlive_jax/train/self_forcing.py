@@ -11,12 +11,12 @@ Two conventions for what the history passes on:
                   pass: it replays the rollout and takes one chunk's derivative at a
                   time, in memory that does not grow with the length.
   through_cache   keys and values have the numbers of the clean pass and the derivative
-                  of the exit pass, as the reference has it. Every chunk's cache is kept
-                  for the backward pass.
+                  of the exit pass, as the reference has it. The backward pass goes from
+                  the last chunk to the first and takes back what each one wrote: what
+                  it overwrote is kept for that.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -176,43 +176,28 @@ def rollout(
     clean latents (chunks, b, f, y, x, c) float32, and the cache after the last one.
   """
   trained, fixed = (model, None) if adapter is None else (adapter, model)
-  if settings.through_cache:
-    model = _generator(trained, fixed)
-    return _through_cache(model, cache, chunks, settings)
-  return _detached(trained, fixed, cache, chunks, settings)
+  run = _through_cache if settings.through_cache else _detached
+  return run(trained, fixed, cache, chunks, settings)
 
 
 def _generator(trained, fixed):
   return trained if fixed is None else attach_lora(fixed, trained)
 
 
-def _through_cache(model, cache, chunks, settings):
-  @jax.checkpoint  # else the residuals of all chunks' passes would be kept
-  def step(cache, inputs):
-    start = _until_exit(model, cache, inputs, settings)
-    latents, (k, v) = _exit(model, cache, inputs, start, settings)
-    # A chunk without gradient passes none on, neither in itself nor in the cache.
-    latents, k, v = jax.tree.map(
-      lambda a: jnp.where(inputs.trains, a, lax.stop_gradient(a)), (latents, k, v)
-    )
-    cache = _remember(model, cache, inputs, latents, settings, slopes=(k, v))
-    return cache, latents
-
-  cache, latents = lax.scan(step, cache, chunks)
-  return latents, cache
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _detached(trained, fixed, cache, chunks, settings):
+def _run(trained, fixed, cache, chunks, settings):
   model = _generator(trained, fixed)
 
   def step(cache, inputs):
-    start = _until_exit(model, cache, inputs, settings)
-    latents, _ = _exit(model, cache, inputs, start, settings)
+    latents = _chunk(model, cache, inputs, settings)
     return _remember(model, cache, inputs, latents, settings), latents
 
   cache, latents = lax.scan(step, cache, chunks)
   return latents, cache
+
+
+# --------------------------------------------------------------------- detached
+
+_detached = jax.custom_vjp(_run, nondiff_argnums=(4,))
 
 
 def _detached_forward(trained, fixed, cache, chunks, settings):
@@ -238,7 +223,7 @@ def _detached_backward(settings, saved, cotangents):
   """Replays the rollout and adds up the derivatives of its chunks."""
   trained, fixed, cache, chunks = saved
   model = _generator(trained, fixed)
-  slopes, _ = cotangents  # of the latents; the cache passes none on
+  slopes, _ = cotangents  # of the latents; the last cache passes none on
   cache = _made_anew(cache, slopes)
 
   def step(carry, inputs):
@@ -269,12 +254,83 @@ def _detached_backward(settings, saved, cotangents):
 _detached.defvjp(_detached_forward, _detached_backward)
 
 
+# ---------------------------------------------------------------- through the cache
+
+_through_cache = jax.custom_vjp(_run, nondiff_argnums=(4,))
+
+
+def _through_cache_forward(trained, fixed, cache, chunks, settings):
+  model = _generator(trained, fixed)
+
+  def step(cache, inputs):
+    latents = _chunk(model, cache, inputs, settings)
+    slot = kv_cache.place(cache, inputs.chunk.frames).slot
+    # What is overwritten is read first: else the cache would have to be copied.
+    old, cache = lax.optimization_barrier((kv_cache.overwritten(cache, slot), cache))
+    return _remember(model, cache, inputs, latents, settings), (latents, old)
+
+  cache, (latents, old) = lax.scan(step, cache, chunks)
+  return (latents, cache), (trained, fixed, cache, old, chunks)
+
+
+def _through_cache_backward(settings, saved, cotangents):
+  """Takes back the chunks, and adds up their derivatives."""
+  trained, fixed, cache, old, chunks = saved
+  model = _generator(trained, fixed)
+  latents_slopes, _ = cotangents  # of the latents; the last cache passes none on
+  nothing = _made_anew(cache, latents_slopes)
+
+  def step(carry, inputs):
+    cache, slopes, total = carry
+    inputs, old, latents_slope = inputs
+    cache = kv_cache.put_back(cache, old)
+    start = _until_exit(model, cache, inputs, settings)
+    # The derivative of what the chunk wrote; none is left to what it overwrote.
+    rows = jnp.arange(len(old.slot))[:, None]
+    own = jax.tree.map(lambda leaf: leaf[:, rows, old.slot], slopes)
+    own, slopes = lax.optimization_barrier((own, slopes))
+    slopes = jax.tree.map(lambda leaf: leaf.at[:, rows, old.slot].set(0), slopes)
+
+    def exit_pass(trained, numbers):
+      generator = _generator(trained, fixed)
+      k, v = numbers
+      before = dataclasses.replace(cache, k=k, v=v)
+      return _exit(generator, before, inputs, start, settings)
+
+    def derive(sums):
+      _, pull = jax.vjp(exit_pass, trained, (cache.k, cache.v))
+      return jax.tree.map(jnp.add, sums, pull((latents_slope, own)))
+
+    total, slopes = lax.cond(
+      inputs.trains, derive, lambda sums: sums, (total, slopes)
+    )
+    # All that reads the cache comes before the next chunk is taken back.
+    return lax.optimization_barrier((cache, slopes, total)), None
+
+  zeros = jax.tree.map(jnp.zeros_like, trained)
+  (_, _, total), _ = lax.scan(
+    step,
+    (cache, (nothing.k, nothing.v), zeros),
+    (chunks, old, latents_slopes),
+    reverse=True,
+  )
+  return total, None, None, None
+
+
+_through_cache.defvjp(_through_cache_forward, _through_cache_backward)
+
+
 # --------------------------------------------------------------------- one chunk
 
 
+def _chunk(model, cache, inputs, settings) -> Array:
+  """A chunk's clean latents (b, f, y, x, c)."""
+  start = _until_exit(model, cache, inputs, settings)
+  return _exit(model, cache, inputs, start, settings)[0]
+
+
 def _until_exit(model, cache, inputs, settings) -> Array:
-  """The sample (b, f, y, x, c) that the exit step starts from; without gradient."""
-  model, cache = lax.stop_gradient((model, cache))
+  """The sample (b, f, y, x, c) that the exit step starts from."""
   chunk, table = inputs.chunk, settings.sampling.solver_table()
   text, placements = _text(model, chunk), _placements(cache, chunk)
 
@@ -287,7 +343,7 @@ def _until_exit(model, cache, inputs, settings) -> Array:
     )  # fmt: skip
     return schedule.solver_step(row, state, velocity)
 
-  start = schedule.solver_init(lax.stop_gradient(chunk.noise))
+  start = schedule.solver_init(chunk.noise)
   return _given(chunk, lax.fori_loop(0, inputs.exit_step, step, start).x)
 
 
@@ -295,7 +351,7 @@ def _exit(model, cache, inputs, start, settings):
   """The chunk's clean latents as predicted from `start`, and its keys and values."""
   chunk, table, i = inputs.chunk, settings.sampling.solver_table(), inputs.exit_step
   velocity, kept = _pass(
-    model, cache, _at(_placements(cache, chunk), i), lax.stop_gradient(start),
+    model, cache, _at(_placements(cache, chunk), i), start,
     _times(model, chunk, i, settings), _text(model, chunk), chunk, settings,
     keep=settings.through_cache,
   )  # fmt: skip
@@ -304,30 +360,21 @@ def _exit(model, cache, inputs, start, settings):
   return _given(chunk, latents), kept if settings.through_cache else (None, None)
 
 
-def _remember(model, cache, inputs, latents, settings, slopes=None):
-  """Writes a finished chunk into the cache, its numbers without gradient.
-
-  Args:
-    slopes: keys and values of the exit pass, whose derivative the cache gets.
-  """
-  constant, old = lax.stop_gradient((model, cache))
+def _remember(model, cache, inputs, latents, settings) -> kv_cache.KVCache:
+  """Writes a finished chunk into the cache."""
   chunk, sampling = inputs.chunk, settings.sampling
   noise_level = jnp.float32(settings.context_noise)
   noisy = schedule.add_noise(
-    lax.stop_gradient(latents), inputs.context_noise, _sigma(noise_level, settings)
+    latents, inputs.context_noise, _sigma(noise_level, settings)
   )
   time = dit.time_features(np.float64(settings.context_noise), model.config.freq_dim)
   time = _known_or(chunk, jnp.asarray(time), model)
   # Every pass of a chunk but the first finds its frames in the cache.
   _, placement = _placements(cache, chunk)
   _, (k, v) = _pass(
-    constant, old, placement, _given(chunk, noisy), time, _text(constant, chunk), chunk,
+    model, cache, placement, _given(chunk, noisy), time, _text(model, chunk), chunk,
     settings, keep=True,
   )  # fmt: skip
-  if slopes is not None:
-    k, v = jax.tree.map(
-      lambda new, slope: new + slope - lax.stop_gradient(slope), (k, v), slopes
-    )
   cut = chunk.cut & sampling.pins
   return kv_cache.pin(kv_cache.commit(cache, placement, k, v), chunk.frames, cut)
 
