@@ -339,6 +339,30 @@ def test_it_learns_with_its_text_encoder():
   assert moved("dit") > 0 and moved("text") > 0
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_the_optimiser_is_adamw_without_a_moment_that_says_nothing(beta1):
+  settings = state.OptimizerSettings(
+    steps=9, learning_rate=1e-2, beta1=beta1, weight_decay=0.1, clip=1.0
+  )
+  found, wanted = state.make_optimizer(settings), optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(state.learning_rate(settings), beta1, 0.999, weight_decay=0.1),
+  )  # fmt: skip
+  params = {"a": jnp.ones((3, 4)), "b": jnp.zeros(5)}
+  states = [found.init(params), wanted.init(params)]
+  arrays = [sum(leaf.ndim > 0 for leaf in jax.tree.leaves(one)) for one in states]
+  assert arrays == [2 if beta1 == 0 else 4, 4]
+  for i in range(3):
+    gradients = {"a": jnp.full((3, 4), i - 0.5), "b": jnp.arange(5.0)}
+    updates = []
+    for n, optimizer in enumerate((found, wanted)):
+      update, states[n] = optimizer.update(gradients, states[n], params)
+      updates.append(update)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), *updates
+    )
+
+
 def test_bf16_computes_close_to_f32_with_f32_gradients():
   params, batch, loss_fn = tiny_problem()
   _, _, half_fn = tiny_problem(dtype="bfloat16")

@@ -10,7 +10,7 @@ for each chunk, and videos lie on the devices, so neither the text encoder nor a
 measured. A case that does not fit into memory says so, and the next one follows. JAX
 takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
 
-  --what=step       loss, gradients, AdamW, average. The 5B model needs 100 GB for its
+  --what=step       loss, gradients, AdamW, average. The 5B model needs 80 GB for its
                     state and gradients, shared by the devices.
   --what=gradients  loss and gradients alone, which on one GPU leaves room for a clip.
                     No training step, and called what it is.
