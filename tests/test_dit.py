@@ -8,7 +8,7 @@ from flax import nnx
 from random_weights import normal, random_dit
 
 from longlive_jax.generate import sampler
-from longlive_jax.layers import kv_cache, rope
+from longlive_jax.layers import kv_cache, operand, rope
 from longlive_jax.models import dit
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -410,3 +410,10 @@ def test_runs_of_layers_are_the_same_network(model):
       dit.split_blocks(model, starts)
   with pytest.raises(ValueError, match="has 2 runs already"):
     dit.split_blocks(split, [1])
+
+
+def test_the_derivative_of_gelu_needs_its_input_alone():
+  x = normal(3, 4)
+  out, pull = jax.vjp(operand.gelu, x)
+  np.testing.assert_array_equal([a for a in jax.tree.leaves(pull) if a.ndim], [x])
+  np.testing.assert_allclose(out, jax.nn.gelu(x), atol=1e-6)

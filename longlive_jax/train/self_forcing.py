@@ -173,7 +173,8 @@ def rollout(
       derivative of a weight of the model, which may be quantised, is made.
 
   Returns:
-    clean latents (chunks, b, f, y, x, c) float32, and the cache after the last one.
+    clean latents (chunks, b, f, y, x, c) float32, and the cache after the last one,
+    which passes no derivative on.
   """
   trained, fixed = (model, None) if adapter is None else (adapter, model)
   run = _through_cache if settings.through_cache else _detached
