@@ -23,6 +23,7 @@ from jax import lax
 from longlive_jax.generate import schedule
 from longlive_jax.generate.step_models import Model, choice_of, models_of
 from longlive_jax.layers import attention, fp8_attention, kv_cache, kv_slots, rope
+from longlive_jax.layers.projection import numbers
 from longlive_jax.models import dit
 from longlive_jax.parallel import sequence
 from longlive_jax.parallel.sequence import SINGLE, Layout
@@ -242,8 +243,7 @@ def cached_forward(
   def forward(compute: Callable[[Array, Array, Array], Any]):
     def attend(layer, q, k, v):
       q = rope.rotate(q, q_rotation)
-      if not rules.relative_rope:
-        k = rope.rotate(k, q_rotation)
+      k = numbers(k) if rules.relative_rope else rope.rotate(k, q_rotation)
       k, v = (a.reshape(b, f, p, *a.shape[2:]) for a in (k, v))
       keys, values = kv_cache.attended(placement, layer, k, v)
       keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in (keys, values))

@@ -97,7 +97,7 @@ def reference(
     cos, sin = cos[..., None, :], sin[..., None, :]  # of all heads
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     h = rounded(turned.reshape(h.shape), x.dtype)
-  return fp8.cast(h) if dtype == jnp.float8_e4m3fn else h.astype(dtype)
+  return fp8.as_dtype(h, dtype)
 
 
 def triton(

@@ -139,7 +139,7 @@ def encode(slots: Slots, x: Array, mesh_axes: Sequence[str] = ()) -> Slots:
   Args:
     mesh_axes: inside shard_map, those over which heads are spread.
   """
-  return fp8.cast(x) if slots.dtype == jnp.float8_e4m3fn else x.astype(slots.dtype)
+  return fp8.as_dtype(x, slots.dtype)
 
 
 @encode.register

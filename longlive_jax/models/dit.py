@@ -22,11 +22,12 @@ from longlive_jax.layers import operand, rope, teacher_forcing
 from longlive_jax.layers.linear import Linear
 from longlive_jax.layers.norm import LayerNorm, RMSNorm, modulate
 from longlive_jax.layers.operand import Operand, gelu
+from longlive_jax.layers.projection import Projection, projected
 from longlive_jax.layers.remat import rematerialised
 
 Array = jax.Array
-# attend(layer state, q, k, v each (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
-Attend = Callable[[Any, Array, Array, Array], tuple[Operand, Any]]
+# attend(layer state, q, k, v (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
+Attend = Callable[[Any, Projection, Projection, Array], tuple[Operand, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +145,16 @@ class AttentionProjections(nnx.Module):
     self.norm_k = RMSNorm(dim, eps=config.eps, dtype=dtype)
     self.heads = config.heads
 
-  def queries(self, x: Operand) -> Array:
-    return self._split(self.norm_q(self.q(x)))
+  def queries(self, x: Operand) -> Projection:
+    return projected(self.q, x, self.norm_q, self.heads)
 
-  def keys_values(self, x: Operand) -> tuple[Array, Array]:
-    return self._split(self.norm_k(self.k(x))), self._split(self.v(x))
+  def keys_values(self, x: Operand) -> tuple[Projection, Array]:
+    v = self.v(x)
+    keys = projected(self.k, x, self.norm_k, self.heads)
+    return keys, v.reshape(*v.shape[:-1], self.heads, -1)
 
   def output(self, x: Operand) -> Array:
     return self.o(operand.read_by(self.o, x.reshape(*x.shape[:-2], -1)))
-
-  def _split(self, x: Array) -> Array:
-    return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -224,12 +224,13 @@ class Block(nnx.Module):
     """
     keys = text if isinstance(text, TextKeys) else self.text_keys(text)
     pieces = h.reshape(len(keys.k), -1, h.shape[-1])
-    q = self.cross_attn.queries(pieces)
+    q = self.cross_attn.queries(pieces).numbers()
     return self.cross_attn.output(attn.attention(q, keys.k, keys.v)).reshape(h.shape)
 
   def text_keys(self, text: Array) -> TextKeys:
     """Keys of embedded prompts (b, segments, k, D) for this layer."""
-    return TextKeys(*self.cross_attn.keys_values(text.reshape(-1, *text.shape[2:])))
+    keys, values = self.cross_attn.keys_values(text.reshape(-1, *text.shape[2:]))
+    return TextKeys(keys.numbers(), values)
 
 
 class Head(nnx.Module):
@@ -322,7 +323,7 @@ class CausalDiT(nnx.Module):
       latents: (b, f, y, x, c).
       time: features of each frame's timestep (b, f, freq_dim), see time_features.
       text: embedded text (b, segments, text_len, D), see embed_text, or text_keys.
-      attend: self-attention, see `Attend`; it also rotates.
+      attend: self-attention, see `Attend`; it also norms and rotates q and k.
       layers: per-layer state for attend, leading axis l, or None.
       remat: what the backward pass computes again, see layers/remat.py.
 
