@@ -13,6 +13,7 @@ from longlive_jax.layers import attention, fp8_attention, kv_cache, kv_slots, ro
 from longlive_jax.layers.projection import numbers
 from longlive_jax.models import dit
 from longlive_jax.parallel.sequence import SINGLE, Layout
+from longlive_jax.quant import fp8
 
 Array = jax.Array
 
@@ -69,15 +70,21 @@ def cached_forward(
   else:
     q_rotation = model.rotation(temporal, y, x)
 
-  def forward(compute: Callable[[Array, Array, Array], Any]):
+  def forward(compute: Callable[[Array, Array, Array], Any], reads: jnp.dtype):
     def attend(layer, q, k, v):
-      q = rope.rotate(q, q_rotation)
-      k = numbers(k) if rules.relative_rope else rope.rotate(k, q_rotation)
+      k_dtype, v_dtype = (
+        kv_slots.attended_dtype(slots, model.dtype, reads) for slots in layer
+      )
+      q, v = rope.rotate(q, q_rotation, reads), fp8.as_dtype(v, v_dtype)
+      if rules.relative_rope:  # unrotated, and not yet what is attended
+        k = numbers(k)
+      else:
+        k = rope.rotate(k, q_rotation, k_dtype)
       k, v = (a.reshape(b, f, p, *a.shape[2:]) for a in (k, v))
       keys, values = kv_cache.attended(placement, layer, k, v)
       keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in (keys, values))
       if rules.relative_rope:
-        keys = rope.rotate(keys, k_rotation)
+        keys = rope.rotate(keys, k_rotation, reads)
       out = compute(q, keys, values)
       if not keep:
         return out, None
@@ -94,11 +101,13 @@ def cached_forward(
     return layout.join(out, config.patch, y, x) if velocity else None, kept
 
   by_length = functools.partial(attention.attention, lengths=placement.length * p)
-  whole = fp8_attention.by_format(attention_format)
+  plain = functools.partial(forward, by_length, model.dtype)
   cudnn = attention.default_implementation(model.dtype) == "cudnn"
-  if whole is attention.attention and not cudnn:
-    return forward(by_length)
+  if not attention_format and not cudnn:
+    return plain()
   # cuDNN is 12% faster without lengths, and has none in FP8: all but the first chunks
   # fill the window.
+  whole = fp8_attention.by_format(attention_format, model.dtype)
+  reads = fp8_attention.operand_dtype(attention_format, model.dtype, config.head_dim)
   full = layout.everywhere(jnp.all(placement.length == rules.window_frames))
-  return lax.cond(full, lambda: forward(whole), lambda: forward(by_length))
+  return lax.cond(full, functools.partial(forward, whole, reads), plain)

@@ -275,7 +275,8 @@ def attended(
   Args:
     placement: of this chunk.
     layer: slots of k and v, each (b, slots, p, n, d).
-    k, v: the chunk's, (b, f, p, n, d), rotated as the cache stores them.
+    k, v: the chunk's, (b, f, p, n, d), rotated as the cache stores them; each in a
+      dtype that `kv_slots.read` gives, see `kv_slots.attended_dtype`.
 
   Returns:
     keys and values (b, slots or window, p, n, d) in the dtype of k and v. Only the
