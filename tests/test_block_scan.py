@@ -86,3 +86,13 @@ def test_the_last_block_makes_keys_and_values_only():
   blocks = sum(4 * leaf.size for leaf in jax.tree.leaves(ABSTRACT.blocks))
   spare = [p.memory_analysis().temp_size_in_bytes for p in (short, whole)]
   assert spare[0] - spare[1] < blocks / LAYERS  # what is read of the last one
+
+
+def test_the_cache_is_written_in_place():
+  """Of a donated cache there is no copy, and nothing looks up where a number goes."""
+  program, cache = clean_pass(False, "")
+  text, slots = program.as_text(), ",".join(map(str, cache.k.shape))
+  assert re.search(rf"\[{slots}\]\S* dynamic-update-slice\(", text)
+  assert not re.search(rf"\[{slots}\]\S* (copy|scatter|concatenate)\(", text)
+  held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+  assert program.memory_analysis().alias_size_in_bytes >= held
