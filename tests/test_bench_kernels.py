@@ -6,8 +6,10 @@ import zlib
 import bench_kernels
 import clip_cases
 import compile_for
+import fp8_cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from longlive_jax.kernels.shapes import SIZES
@@ -44,6 +46,7 @@ def test_every_case_fits_the_real_shapes():
     "fp8_gelu",
     "fp8_matmul",
     "fp8_attention",
+    "norm_rope",
     "quantise",
     "quantise_dynamic",
     "modulate_quantise",
@@ -87,6 +90,26 @@ def test_tiles_of_the_attention_kernels():
   assert found[-1] == ("_flash_key_gradient", 64, (2 * 48 * 110, 6))
   with pytest.raises(ValueError, match="clips='1h' is unknown; use 5s, 16s, 64s"):
     clip_cases.clip_of(sizes, "1h")
+
+
+def test_walks_of_the_kernels_over_rows():
+  """Every call of a sweep at real sizes, with its outputs as they would come back."""
+  found = []
+
+  def run(call):
+    found.append((call.kernel.__name__, call.grid, call.num_warps))
+    return [jnp.zeros(out.shape, out.dtype) for out in call.outputs]
+
+  sizes = SIZES["ti2v-5b"]
+  for labels, function, arguments in fp8_cases.sweep(sizes, run):
+    outputs = jax.eval_shape(function, *jax.eval_shape(arguments, jax.random.key(0)))
+    assert outputs[0].size == np.prod(labels["shape"])
+    assert labels["walk"]["num_warps"] == found[-1][2]
+  assert found[:3] == [("_fp8_rows", (7040 // rows, 1), 2) for rows in (1, 2, 4)]
+  assert found[9] == ("_fp8_modulate", (880, 8), 2)
+  assert len(found) == 6 * 9 and {name for name, *_ in found} == {
+    "_fp8_rows", "_fp8_modulate", "_fp8_gelu", "_norm_rope"
+  }  # fmt: skip
 
 
 def escaped(data: bytes) -> str:

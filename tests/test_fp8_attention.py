@@ -59,6 +59,18 @@ def test_numbers(dtype):
   assert np.linalg.norm(found.numbers() - plain) < 0.1 * np.linalg.norm(plain)
 
 
+def test_codes_are_attended_as_they_are():
+  """The codes that it would make itself."""
+  numbers = qkv()
+  want = jax.jit(attend)(*numbers)
+  codes = [fp8.cast(x) for x in numbers]
+  assert all(fp8.cast(x) is x for x in codes)
+  found = jax.jit(lambda *a: attend(*a, dtype=jnp.bfloat16))(*codes)
+  assert found.dtype == want.dtype == jnp.bfloat16
+  for one, other in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
 def test_a_cast_saturates():
   x = jnp.asarray([449.0, 1e9, -1e9, 464, 2.0**-10, 2.0**-9, 17, 19, -0.0])
   want = [448, 448, -448, 448, 0, 2.0**-9, 16, 20, 0]
@@ -91,8 +103,8 @@ def test_what_is_asked_of_cudnn(monkeypatch):
 
   monkeypatch.setattr(fp8_attention, "_entry", lambda: cudnn)
   args = qkv()
-  found = fp8_attention._cudnn(*args)
-  want = fp8_attention.reference(*args)
+  found = fp8_attention._cudnn(*args, jnp.bfloat16)
+  want = fp8_attention.reference(*args, jnp.bfloat16)
   assert found.dtype == want.dtype == jnp.bfloat16
   for one, other in zip(*map(jax.tree.leaves, (found, want)), strict=True):
     one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
@@ -230,11 +242,19 @@ def test_full_windows_are_attended_in_eight_bits():
     assert 1e-4 * size < error < 0.05 * size
 
 
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("kv_format", ["", "e4m3", "fp8", "nvfp4"])
-def test_any_cache_and_relative_positions(kv_format):
+def test_any_cache_and_relative_positions(kv_format, relative, monkeypatch):
   """Traced only: numbers are the business of the tests above."""
+  read, reference = [], fp8_attention.reference
+
+  def spy(q, k, v, dtype):
+    read.append([x.dtype.name for x in (q, k, v)])
+    return reference(q, k, v, dtype)
+
+  monkeypatch.setattr(fp8_attention, "reference", spy)
   model = jax.eval_shape(random_dit)
-  sampling = dataclasses.replace(FORMAT, kv_format=kv_format, relative_rope=True)
+  sampling = dataclasses.replace(FORMAT, kv_format=kv_format, relative_rope=relative)
   cache = jax.eval_shape(lambda: sampler.init_cache(model, sampling, 1, Y, X))
   shape = (1, N, Y, X, model.config.in_channels)
   temporal = sampler.chunk_temporal(
@@ -253,3 +273,8 @@ def test_any_cache_and_relative_positions(kv_format):
   assert jax.tree.structure(after) == jax.tree.structure(cache)
   for one, other in zip(*map(jax.tree.leaves, (after, cache)), strict=True):
     assert (one.shape, one.dtype) == (other.shape, other.dtype)
+  # Codes from where they are made; a window is moved as it is stored.
+  whole = kv_format == "e4m3"
+  want = [True, whole or relative, whole]
+  assert read == len(read) * [["float8_e4m3fn" if w else "float32" for w in want]]
+  assert len(read) >= 2

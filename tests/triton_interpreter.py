@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ DTYPES = {
   "int32": "i32",
   "uint8": "u8",
   "float8_e4m3fn": "fp8e4nv",
+}
+# Those of kernels/approximate.py, float32.
+INSTRUCTIONS = {
+  "ex2.approx.ftz.f32 $0, $1;": np.exp2,
+  "rcp.approx.ftz.f32 $0, $1;": np.reciprocal,
 }
 
 
@@ -142,8 +148,8 @@ def round_like_a_gpu() -> None:
   """Puts right what this interpreter does with bfloat16 and FP8.
 
   It cuts float32 off to bfloat16, where a GPU rounds to nearest even, gives other codes
-  in FP8 at the middle between two and for NaN, and multiplies matrices of the bits of
-  bfloat16 numbers.
+  in FP8 at the middle between two and for NaN, multiplies matrices of the bits of
+  bfloat16 numbers, and knows no instructions of a GPU.
   """
   import triton.language as tl
   from triton.language.semantic import TritonSemantic
@@ -167,6 +173,11 @@ def round_like_a_gpu() -> None:
       if a.dtype.scalar == tl.bfloat16:
         a, b = (super(Builder, self).cast_impl(x, tl.float32) for x in (a, b))
       return super().create_dot(a, b, d, *settings)
+
+    def create_inline_asm(self, assembly, constraints, values, *settings):
+      (x,) = values
+      result = interpreter.TensorHandle(INSTRUCTIONS[assembly](x.data), tl.float32)
+      return types.SimpleNamespace(get_result=lambda index: result)
 
   interpreter.interpreter_builder = Builder()
   interpreter.interpreter_semantic = TritonSemantic(interpreter.interpreter_builder)

@@ -13,8 +13,8 @@ of ready codes, with sums in 16 or 32 bits, and with the scales that follow or w
   python tools/bench_kernels.py --sweep
 
 measure attention over training clips forward and backward, as Triton kernels and as
-pieces for cuDNN, and each of its Triton kernels with several tiles. TFLOP/s count the
-pairs that the mask allows.
+pieces for cuDNN, and each of its Triton kernels with several tiles, as well as kernels
+that walk over rows with several walks. TFLOP/s count the pairs that the mask allows.
 
 A time is that of one of several calls, with inputs of their own, in one program: else
 the GPU's cache would be measured. On a GPU it is how long the device was busy according
@@ -29,6 +29,7 @@ must be) and counts its 4-bit products.
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -73,7 +74,7 @@ _CLIPS = flags.DEFINE_list(
   "clips", ["5s"], "Training clips of kernels/shapes.py.", flag_values=_FLAGS
 )
 _SWEEP = flags.DEFINE_bool(
-  "sweep", False, "Tiles of the attention kernels instead.", flag_values=_FLAGS
+  "sweep", False, "Tiles and walks of the kernels instead.", flag_values=_FLAGS
 )
 _OUT = flags.DEFINE_string("out", "", "JSON file.", flag_values=_FLAGS)
 _COMPILE_FOR = flags.DEFINE_string(
@@ -305,7 +306,10 @@ def main(argv: list[str]) -> None:
     figures = iter([count_native(sizes, _COMPILE_FOR.value)])
   else:
     if _SWEEP.value:
-      measured = clip_cases.sweep(sizes, _CLIPS.value, launch.launch)
+      measured = itertools.chain(
+        fp8_cases.sweep(sizes, launch.launch),
+        clip_cases.sweep(sizes, _CLIPS.value, launch.launch),
+      )
     else:
       measured = all_cases(sizes, _IMPLEMENTATIONS.value, _CLIPS.value)
     figures = measure(measured, _REPEATS.value, _KERNELS.value)

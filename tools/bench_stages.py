@@ -23,6 +23,7 @@ from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, operand, rope
 from longlive_jax.models import dit, pixels, vae
 from longlive_jax.parallel import costs
 from longlive_jax.parallel.hardware import Hardware
+from longlive_jax.quant import fp8
 
 Array = jax.Array
 
@@ -108,22 +109,28 @@ def stage_inputs(
   def first(stacked: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
+  block, layer = first(dit.block_runs(model)[0]), first((cache.k, cache.v))
+  reads = fp8_attention.operand_dtype(
+    sampling.attention_format, model.dtype, c.head_dim
+  )
+  read = kv_slots.attended_dtype(layer[1], model.dtype, reads)
   return {
-    "block": first(dit.block_runs(model)[0]),
+    "block": block,
     "latents": numbers(1, f, y, x, c.in_channels),
     "time": numbers(1, f, c.freq_dim),
     "h": numbers(1, f, p, c.dim),
     "e": numbers(1, f, c.dim),
     "rows": numbers(3, 1, f, 1, c.dim),  # scale, shift and gate
-    "projected": numbers(1, f * p, c.dim),
-    "q": numbers(1, f * p, c.heads, c.head_dim),
-    "k": numbers(1, f, p, c.heads, c.head_dim),
-    "window": numbers(1, w * p, c.heads, c.head_dim),
+    "projected": block.self_attn.queries(numbers(1, f * p, c.dim)),
+    "q": fp8.as_dtype(numbers(1, f * p, c.heads, c.head_dim), reads),
+    "k": fp8.as_dtype(numbers(1, f, p, c.heads, c.head_dim), read),
+    "window": fp8.as_dtype(numbers(1, w * p, c.heads, c.head_dim), reads),
+    "attended": numbers(1, f * p, c.heads, c.head_dim),
     "text": text,
     "text_keys": first(model.text_keys(model.embed_text(text))),
     "rotation": model.rotation(rope.temporal_rotation(positions, c.head_dim), y, x),
     "cache": cache,
-    "layer": first((cache.k, cache.v)),
+    "layer": layer,
     "placement": kv_cache.place(cache, jnp.asarray(positions)),
   }
 
@@ -138,6 +145,7 @@ def transformer_cases(
     attention_format: of Sampling.
   """
   c = model.config
+  reads = fp8_attention.operand_dtype(attention_format, model.dtype, c.head_dim)
 
   def case(name: str, function: Callable[..., Any], *names: str, carries=False) -> Case:
     given = {**inputs, "model": model}
@@ -149,15 +157,14 @@ def transformer_cases(
   def project(block, h, rows):
     own = block.self_attn
     h = operand.modulated(h, rows[0], rows[1], c.eps, (own.q, own.k, own.v))
-    return own.q(h), own.k(h), own.v(h)
+    tokens = h.reshape(1, -1, c.dim)
+    return own.queries(tokens), own.keys_values(tokens)
 
-  def norm_rope(block, q, k, rotation):
-    own, heads = block.self_attn, (*q.shape[:2], c.heads, c.head_dim)
-    both = own.norm_q(q).reshape(heads), own.norm_k(k).reshape(heads)
-    return [rope.rotate(each, rotation) for each in both]
+  def norm_rope(q, k, rotation):
+    return [rope.rotate(each, rotation, reads) for each in (q, k)]
 
-  def output(block, h, q, rows):
-    return h + rows[2] * block.self_attn.output(q).reshape(h.shape)
+  def output(block, h, attended, rows):
+    return h + rows[2] * block.self_attn.output(attended).reshape(h.shape)
 
   def attend_text(block, h, keys):
     normed = operand.normed(block.norm3, h, [block.cross_attn.q])
@@ -177,11 +184,11 @@ def transformer_cases(
   yield case("patch_embedding", embed, "model", "latents")
   yield case("time", lambda model, time: model.embed_time(time), "model", "time")
   yield case("qkv", project, "block", "h", "rows")
-  yield case("norm_rope", norm_rope, "block", "projected", "projected", "rotation")
+  yield case("norm_rope", norm_rope, "projected", "projected", "rotation")
   yield case("cache_read", kv_cache.attended, "placement", "layer", "k", "k")
-  attend = fp8_attention.by_format(attention_format)
+  attend = fp8_attention.by_format(attention_format, model.dtype)
   yield case("attention", attend, "q", "window", "window")
-  yield case("output", output, "block", "h", "q", "rows")
+  yield case("output", output, "block", "h", "attended", "rows")
   yield case("cross_attention", attend_text, "block", "h", "text_keys")
   yield case("ffn", feed, "block", "h", "rows")
   yield case("head", lambda model, h, e: model.head(h, e), "model", "h", "e")

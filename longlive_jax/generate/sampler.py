@@ -12,7 +12,6 @@ and one for the negative prompt, with a cache of their own: row 2 i and row 2 i 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +20,9 @@ import numpy as np
 from jax import lax
 
 from longlive_jax.generate import schedule
+from longlive_jax.generate.cached_forward import cached_forward
 from longlive_jax.generate.step_models import Model, choice_of, models_of
-from longlive_jax.layers import attention, fp8_attention, kv_cache, kv_slots, rope
+from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, rope
 from longlive_jax.models import dit
 from longlive_jax.parallel import sequence
 from longlive_jax.parallel.sequence import SINGLE, Layout
@@ -189,90 +189,6 @@ def init_cache(
   )
 
 
-def cached_forward(
-  model: dit.CausalDiT,
-  cache: kv_cache.KVCache,
-  placement: kv_cache.Placement,
-  latents: Array,
-  time: Array,
-  text: Array | dit.TextKeys,
-  temporal: rope.Rotation,
-  *,
-  t_scale: float = 1.0,
-  attention_format: str = "",
-  keep: bool = False,
-  remat: str = "none",
-  layout: Layout = SINGLE,
-  exchange_format: str = "",
-) -> tuple[Array, tuple[Any, Any] | None]:
-  """One forward of a chunk against the cache, which is only read.
-
-  Args:
-    latents: (b, f, y, x, c). time: features (b, f, freq_dim).
-    text: embedded text (b, segments, text_len, D), or keys of it.
-    temporal: rotation of the chunk's frames (b, f, pairs); unused when the cache
-      rotates by window position.
-    t_scale: factor on window positions (relative RoPE). attention_format: see Sampling.
-    keep: hand out the chunk's keys and values for `kv_cache.commit`.
-    remat: see layers/remat.py.
-    layout, exchange_format: see parallel/sequence.py; a cache of this device's heads.
-
-  Returns:
-    velocity (b, f, y, x, c), and None or (k, v), each (l, b, f, p, n, d) in the type
-    of the cache's slots.
-  """
-  rules, config = cache.rules, model.config
-  b, f, y, x, _ = latents.shape
-  p = config.tokens_per_frame(y, x)
-  if rules.relative_rope:
-    window = np.arange(rules.window_frames) * t_scale
-    table = rope.temporal_rotation(window, config.head_dim)
-
-    def by_rank(rank: Array) -> rope.Rotation:
-      rank = jnp.clip(rank, 0, rules.window_frames - 1)  # empty slots are not attended
-      picked = rope.Rotation(*(jnp.asarray(part)[rank] for part in table))
-      return model.rotation(picked, y, x)
-
-    # The chunk's own frames are the newest: last in the window.
-    q_rotation = by_rank(placement.length[:, None] - f + jnp.arange(f))
-    k_rotation = by_rank(placement.rank)
-  else:
-    q_rotation = model.rotation(temporal, y, x)
-
-  def forward(compute: Callable[[Array, Array, Array], Any]):
-    def attend(layer, q, k, v):
-      q = rope.rotate(q, q_rotation)
-      if not rules.relative_rope:
-        k = rope.rotate(k, q_rotation)
-      k, v = (a.reshape(b, f, p, *a.shape[2:]) for a in (k, v))
-      keys, values = kv_cache.attended(placement, layer, k, v)
-      keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in (keys, values))
-      if rules.relative_rope:
-        keys = rope.rotate(keys, k_rotation)
-      out = compute(q, keys, values)
-      if not keep:
-        return out, None
-      # Encoded here, layer by layer: all layers' plain keys would not fit beside the
-      # cache that NVFP4 makes small.
-      new = zip(layer, (k, v), strict=True)
-      return out, tuple(kv_slots.encode(slots, a, layout.axes) for slots, a in new)
-
-    own, layers = layout.split(latents, config.patch), (cache.k, cache.v)
-    exchanged = layout.exchanged(attend, f, p, exchange_format)
-    velocity, kept = model(own, time, text, exchanged, layers, remat=remat)
-    return layout.join(velocity, config.patch, y, x), kept
-
-  by_length = functools.partial(attention.attention, lengths=placement.length * p)
-  whole = fp8_attention.by_format(attention_format)
-  cudnn = attention.default_implementation(model.dtype) == "cudnn"
-  if whole is attention.attention and not cudnn:
-    return forward(by_length)
-  # cuDNN is 12% faster without lengths, and has none in FP8: all but the first chunks
-  # fill the window.
-  full = layout.everywhere(jnp.all(placement.length == rules.window_frames))
-  return lax.cond(full, lambda: forward(whole), lambda: forward(by_length))
-
-
 def clean_pass(
   model: Model,
   cache: kv_cache.KVCache,
@@ -349,6 +265,7 @@ def _remembered(
     t_scale=sampling.t_scale,
     attention_format=sampling.attention_format,
     keep=True,
+    velocity=False,
     layout=layout,
     exchange_format=sampling.exchange_format,
   )

@@ -11,6 +11,7 @@ import math
 
 import jax.numpy as jnp
 
+from longlive_jax.kernels.approximate import power_of_two, reciprocal
 from longlive_jax.kernels.fp8_rows import (
   as_rows,
   check_rows,
@@ -19,6 +20,7 @@ from longlive_jax.kernels.fp8_rows import (
   store_row,
 )
 from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
+from longlive_jax.kernels.rows import Walk, columns_of, load_row, load_shared, row_of
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import Rows
 
@@ -27,6 +29,8 @@ from longlive_jax.quant.fp8 import Rows
 # powers of two: these are -2 u / ln(2), of x and of x^3.
 _LINEAR = -2 * math.sqrt(2 / math.pi) / math.log(2)
 _CUBIC = 0.044715 * _LINEAR
+
+WALK = Walk()
 
 
 def gelu_rows(
@@ -80,15 +84,11 @@ def triton(
   return as_rows(run(gelu_call(sums, scale, columns, bias)), sums)
 
 
-def gelu_call(sums: Array, scale: Array, columns: Array, bias: Array) -> Call:
-  return row_call(
-    _fp8_gelu,
-    (sums, scale, columns, bias),
-    sums,
-    grid=(math.prod(sums.shape[:-1]),),
-    LINEAR=_LINEAR,
-    CUBIC=_CUBIC,
-  )
+def gelu_call(
+  sums: Array, scale: Array, columns: Array, bias: Array, walk: Walk = WALK
+) -> Call:
+  inputs = sums, scale, columns, bias
+  return row_call(_fp8_gelu, inputs, sums, walk, LINEAR=_LINEAR, CUBIC=_CUBIC)
 
 
 @jit
@@ -100,21 +100,20 @@ def _fp8_gelu(
   codes_ptr,
   scale_ptr,
   N: tl.constexpr,
+  COUNT: tl.constexpr,
   TILE: tl.constexpr,
+  ROWS: tl.constexpr,
   LINEAR: tl.constexpr,
   CUBIC: tl.constexpr,
 ):
-  row = tl.program_id(0).to(tl.int64)
-  column = tl.arange(0, TILE)
-  valid = column < N
-  x = tl.load(
-    sums_ptr + row * N + column, mask=valid, other=0.0, eviction_policy="evict_first"
-  )
-  # Read by all rows: to be kept in the caches that the sums stream through.
-  scale = tl.load(
-    columns_ptr + column, mask=valid, other=0.0, eviction_policy="evict_last"
-  )
-  bias = tl.load(bias_ptr + column, mask=valid, other=0.0, eviction_policy="evict_last")
-  x = tl.fma(x.to(tl.float32) * tl.load(scales_ptr + row), scale, bias.to(tl.float32))
-  x = x / (1.0 + tl.exp2(x * tl.fma(x * CUBIC, x, LINEAR)))
-  store_row(codes_ptr + row * N, scale_ptr, row, column, valid, x)
+  column = columns_of(TILE)
+  ahead = load_row(sums_ptr, row_of(0, COUNT, ROWS), column, N)
+  for i in range(ROWS):
+    row, x = row_of(i, COUNT, ROWS), ahead.to(tl.float32)
+    ahead = load_row(sums_ptr, row_of(i + 1, COUNT, ROWS), column, N)
+    # Not before the loop: registers have no room for them beside two rows.
+    scale = load_shared(columns_ptr, column, N)
+    bias = load_shared(bias_ptr, column, N).to(tl.float32)
+    x = tl.fma(x * tl.load(scales_ptr + row), scale, bias)
+    x = x * reciprocal(1.0 + power_of_two(x * tl.fma(x * CUBIC, x, LINEAR)))
+    store_row(codes_ptr, scale_ptr, row, column, x, N)

@@ -17,8 +17,11 @@ from longlive_jax.kernels.fp8_rows import (
 )
 from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
 from longlive_jax.kernels.modulate_quantise import modulated
+from longlive_jax.kernels.rows import Walk, columns_of, load_row, load_shared, row_of
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import Rows
+
+WALK = Walk(rows=2)
 
 
 def modulate_rows(
@@ -65,9 +68,11 @@ def triton(
   return as_rows(run(modulate_call(x, factor, shift, eps)), x)
 
 
-def modulate_call(x: Array, factor: Array, shift: Array, eps: float) -> Call:
-  grid = (x.shape[-2], math.prod(x.shape[:-2]))
-  return row_call(_fp8_modulate, (x, factor, shift), x, grid, EPS=eps)
+def modulate_call(
+  x: Array, factor: Array, shift: Array, eps: float, walk: Walk = WALK
+) -> Call:
+  frames = math.prod(x.shape[:-2])
+  return row_call(_fp8_modulate, (x, factor, shift), x, walk, frames, EPS=eps)
 
 
 @jit
@@ -78,23 +83,26 @@ def _fp8_modulate(
   codes_ptr,
   scale_ptr,
   N: tl.constexpr,
+  COUNT: tl.constexpr,
   TILE: tl.constexpr,
+  ROWS: tl.constexpr,
   EPS: tl.constexpr,
 ):
   frame = tl.program_id(1).to(tl.int64)
-  row = frame * tl.num_programs(0) + tl.program_id(0)
-  column = tl.arange(0, TILE)
-  valid = column < N
-  x = tl.load(x_ptr + row * N + column, mask=valid, other=0.0)
-  dtype = x.dtype
-  # Read by all rows of a frame: to be kept in the caches that x streams through.
-  at = frame * N + column
-  factor = tl.load(factor_ptr + at, mask=valid, other=0.0, eviction_policy="evict_last")
-  shift = tl.load(shift_ptr + at, mask=valid, other=0.0, eviction_policy="evict_last")
-  x = x.to(tl.float32)
-  x = tl.where(valid, x - tl.div_rn(tl.sum(x, axis=0), N * 1.0), 0.0)
-  variance = tl.div_rn(tl.sum(x * x, axis=0), N * 1.0)
-  x = (x * tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))).to(dtype)
-  x = (x.to(tl.float32) * factor.to(tl.float32)).to(dtype)
-  x = (x.to(tl.float32) + shift.to(tl.float32)).to(dtype)
-  store_row(codes_ptr + row * N, scale_ptr, row, column, valid, x.to(tl.float32))
+  column = columns_of(TILE)
+  factor = load_shared(factor_ptr + frame * N, column, N)
+  shift = load_shared(shift_ptr + frame * N, column, N)
+  x_ptr += frame * COUNT * N
+  codes_ptr += frame * COUNT * N
+  scale_ptr += frame * COUNT
+  ahead = load_row(x_ptr, row_of(0, COUNT, ROWS), column, N)
+  for i in range(ROWS):
+    row, x = row_of(i, COUNT, ROWS), ahead.to(tl.float32)
+    dtype = ahead.dtype
+    ahead = load_row(x_ptr, row_of(i + 1, COUNT, ROWS), column, N)
+    x = tl.where(column < N, x - tl.div_rn(tl.sum(x, axis=0), N * 1.0), 0.0)
+    variance = tl.div_rn(tl.sum(x * x, axis=0), N * 1.0)
+    x = (x * tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))).to(dtype)
+    x = (x.to(tl.float32) * factor.to(tl.float32)).to(dtype)
+    x = (x.to(tl.float32) + shift.to(tl.float32)).to(dtype)
+    store_row(codes_ptr, scale_ptr, row, column, x.to(tl.float32), N)

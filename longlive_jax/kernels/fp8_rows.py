@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from longlive_jax.kernels import launch as launching
 from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
+from longlive_jax.kernels.rows import Walk, columns_of, load_row, row_of
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import FP8Array, Rows
 
 LONGEST = 16384  # numbers of a row that a program's registers hold
+WALK = Walk()
 
 
 def quantise_rows(x: Array, *, implementation: str | None = None) -> Rows:
@@ -47,9 +49,8 @@ def triton(x: Array, *, run: Launcher) -> Rows:
   return as_rows(run(rows_call(x)), x)
 
 
-def rows_call(x: Array) -> Call:
-  rows = math.prod(x.shape[:-1])
-  return row_call(_fp8_rows, (x,), x, grid=(rows,))
+def rows_call(x: Array, walk: Walk = WALK) -> Call:
+  return row_call(_fp8_rows, (x,), x, walk)
 
 
 # ------------------------------------------------------------------ what they share
@@ -83,11 +84,19 @@ def check_rows(x: Array) -> None:
 
 
 def row_call(
-  kernel: Any, inputs: tuple[Array, ...], x: Array, grid: tuple[int, ...], **constants
+  kernel: Any,
+  inputs: tuple[Array, ...],
+  x: Array,
+  walk: Walk,
+  groups: int = 1,
+  **constants: Any,
 ) -> Call:
-  """A kernel with a program for every row of x: codes (rows, n) and scales (rows,)."""
-  rows, n = math.prod(grid), x.shape[-1]
-  tile = 1 << (n - 1).bit_length()
+  """A kernel that walks over the rows of x: codes (rows, n) and scales (rows,).
+
+  Args:
+    groups: of as many consecutive rows each; a program stays within one.
+  """
+  rows, n = math.prod(x.shape[:-1]), x.shape[-1]
   return Call(
     kernel,
     inputs,
@@ -95,11 +104,9 @@ def row_call(
       jax.ShapeDtypeStruct((rows, n), jnp.float8_e4m3fn),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
     ),
-    grid,
-    {"N": n, "TILE": tile, **constants},
-    # 32 numbers a thread: a row stays in registers, and several programs share a
-    # multiprocessor, so that some load while others count.
-    num_warps=min(16, max(1, tile // 1024)),
+    (walk.programs(rows // groups), groups),
+    {**walk.constants(rows // groups, n), **constants},
+    num_warps=walk.warps(n),
   )
 
 
@@ -114,22 +121,31 @@ def as_rows(outputs: list[Array], x: Array) -> Rows:
 
 
 @jit
-def store_row(codes_ptr, scale_ptr, row, column, valid, x):
-  """Quantises a row x (TILE,), float32, 0 where not valid, and writes it."""
+def store_row(codes_ptr, scale_ptr, row, column, x, N: tl.constexpr):
+  """Quantises a row x (TILE,), float32, 0 behind its end, and writes it."""
   # Where x is finite this is x, else NaN, which a maximum leaves out. In one operation:
   # these kernels are as short of instructions as of bandwidth.
   x = tl.fma(x, 0.0, x)
   amax = tl.max(tl.abs(x), axis=0)
   amax = tl.where(amax >= 2.0**-104, amax, 448.0)
-  codes = x * tl.div_rn(448.0, amax)
-  tl.store(codes_ptr + column, codes.to(tl.float8e4nv), mask=valid)
+  codes = (x * tl.div_rn(448.0, amax)).to(tl.float8e4nv)
+  tl.store(codes_ptr + row * N + column, codes, mask=column < N)
   tl.store(scale_ptr + row, tl.div_rn(amax, 448.0))
 
 
 @jit
-def _fp8_rows(x_ptr, codes_ptr, scale_ptr, N: tl.constexpr, TILE: tl.constexpr):
-  row = tl.program_id(0).to(tl.int64)
-  column = tl.arange(0, TILE)
-  valid = column < N
-  x = tl.load(x_ptr + row * N + column, mask=valid, other=0.0).to(tl.float32)
-  store_row(codes_ptr + row * N, scale_ptr, row, column, valid, x)
+def _fp8_rows(
+  x_ptr,
+  codes_ptr,
+  scale_ptr,
+  N: tl.constexpr,
+  COUNT: tl.constexpr,
+  TILE: tl.constexpr,
+  ROWS: tl.constexpr,
+):
+  column = columns_of(TILE)
+  ahead = load_row(x_ptr, row_of(0, COUNT, ROWS), column, N)
+  for i in range(ROWS):
+    row, x = row_of(i, COUNT, ROWS), ahead.to(tl.float32)
+    ahead = load_row(x_ptr, row_of(i + 1, COUNT, ROWS), column, N)
+    store_row(codes_ptr, scale_ptr, row, column, x, N)

@@ -149,6 +149,26 @@ def without_derivative(
   return inference
 
 
+def with_gradient_of(
+  reference: Callable[..., Any], function: Callable[..., Any]
+) -> Callable[..., Any]:
+  """The function, differentiated as if it were its reference, which runs once more.
+
+  Args:
+    reference, function: of the same arrays.
+  """
+
+  @jax.custom_vjp
+  def forward(*inputs: Array | None) -> Any:
+    return function(*inputs)
+
+  def backward(inputs: tuple[Array | None, ...], gradient: Any) -> tuple[Any, ...]:
+    return jax.vjp(reference, *inputs)[1](gradient)
+
+  forward.defvjp(lambda *inputs: (function(*inputs), inputs), backward)
+  return forward
+
+
 def _triton_call(call: Call, inputs: tuple[Array, ...]) -> list[Array]:
   try:
     import jax_triton  # raises on hosts without CUDA, so never at the top

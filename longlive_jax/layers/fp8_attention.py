@@ -15,6 +15,7 @@ adds up to the divisor. The quotient is E4M3. (So says cuDNN's graph; where it r
 running sums is its own.)
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -35,12 +36,19 @@ IMPLEMENTATIONS = ("cudnn", "jnp", "plain", None)
 
 
 def fp8_attention(
-  q: Array, k: Array, v: Array, *, implementation: str | None = None
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  dtype: jnp.dtype | None = None,
+  implementation: str | None = None,
 ) -> fp8.Rows | Array:
   """softmax(q k^T / sqrt(d)) v in 8 bits.
 
   Args:
-    q: (b, q, n, d). k, v: (b, k, n, d), same dtype; all keys are attended.
+    q: (b, q, n, d). k, v: (b, k, n, d); all keys are attended. Numbers or, but for
+      'plain', float8_e4m3fn, see `operand_dtype`.
+    dtype: of the numbers that the output stands for; by default that of q.
     implementation: 'cudnn'; 'jnp', the same numbers anywhere, with all logits in
       memory; 'plain', attention in the dtype of q; None: 'jnp' on CPU, else cuDNN. With
       None, where cuDNN cannot, it is 'plain', and a line in the log says why.
@@ -62,20 +70,36 @@ def fp8_attention(
   if implementation == "plain":
     return attention(q, k, v)
   function = reference if implementation == "jnp" else _cudnn
+  function = functools.partial(function, dtype=q.dtype if dtype is None else dtype)
   instead = "use attention_format='' for what is differentiated"
   return launch.without_derivative("fp8_attention", function, instead)(q, k, v)
 
 
-def by_format(name: str) -> Callable[..., fp8.Rows | Array]:
+def by_format(
+  name: str, dtype: jnp.dtype | None = None
+) -> Callable[..., fp8.Rows | Array]:
   """Attention to whole keys by `attention_format`: '' in the dtype of q, or 'fp8'.
+
+  Args:
+    dtype: of the numbers that the output of 'fp8' stands for.
 
   Raises:
     ValueError: another name.
   """
-  formats = {"": attention, "fp8": fp8_attention}
+  formats = {"": attention, "fp8": functools.partial(fp8_attention, dtype=dtype)}
   if name not in formats:
     raise ValueError(f"attention_format={name!r} is unknown; use '' or 'fp8'")
   return formats[name]
+
+
+def operand_dtype(name: str, dtype: jnp.dtype, head_dim: int) -> jnp.dtype:
+  """In which attention by format reads q, k and v, of numbers in `dtype`.
+
+  Whoever makes them in it spares a pass that casts them.
+  """
+  if name != "fp8" or default_implementation(head_dim) == "plain":
+    return dtype
+  return jnp.dtype(jnp.float8_e4m3fn)
 
 
 def default_implementation(head_dim: int) -> str:
@@ -96,7 +120,7 @@ def default_implementation(head_dim: int) -> str:
   return "plain"
 
 
-def reference(q: Array, k: Array, v: Array) -> fp8.Rows:
+def reference(q: Array, k: Array, v: Array, dtype: jnp.dtype) -> fp8.Rows:
   """`fp8_attention` in jnp: what is computed from what."""
   codes_q, codes_k, codes_v = (fp8.cast(x).astype(jnp.float32) for x in (q, k, v))
   logits = jnp.einsum("bqnd,bknd->bnqk", codes_q, codes_k) * q.shape[-1] ** -0.5
@@ -104,10 +128,10 @@ def reference(q: Array, k: Array, v: Array) -> fp8.Rows:
   divisor = jnp.moveaxis(jnp.sum(weights, axis=-1), 1, 2)[..., None]  # (b, q, n, 1)
   codes = fp8.cast(weights * WEIGHT_SCALE).astype(jnp.float32)
   total = jnp.einsum("bnqk,bknd->bqnd", codes, codes_v) / WEIGHT_SCALE
-  return _rows(fp8.cast(total / divisor * OUTPUT_SCALE), q.dtype)
+  return _rows(fp8.cast(total / divisor * OUTPUT_SCALE), dtype)
 
 
-def _cudnn(q: Array, k: Array, v: Array) -> fp8.Rows:
+def _cudnn(q: Array, k: Array, v: Array, dtype: jnp.dtype) -> fp8.Rows:
   def scalar(value: float) -> Array:
     return jnp.full((1, 1, 1, 1), value, jnp.float32)
 
@@ -126,7 +150,7 @@ def _cudnn(q: Array, k: Array, v: Array) -> fp8.Rows:
     qkv_layout="BTNH",
     use_fp8=True,
   )
-  return _rows(codes, q.dtype)
+  return _rows(codes, dtype)
 
 
 def _rows(codes: Array, dtype: jnp.dtype) -> fp8.Rows:

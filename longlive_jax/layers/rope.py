@@ -6,11 +6,14 @@ in float32 they are off by 0.008 rad at frame 100,000. Inside jit only their cos
 and sines travel.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from longlive_jax.quant import fp8
 
 
 class Rotation(NamedTuple):
@@ -69,11 +72,19 @@ def grid_rotation(temporal: Rotation, y: int, x: int, head_dim: int) -> Rotation
   )
 
 
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-  """Rotates channel pairs (2j, 2j+1) of x (b, s, n, d) by rotation (b, s, d/2)."""
+@functools.singledispatch
+def rotate(
+  x: jax.Array, rotation: Rotation, dtype: jnp.dtype | None = None
+) -> jax.Array:
+  """Rotates channel pairs (2j, 2j+1) of x (b, s, n, d) by rotation (b, s, d/2).
+
+  Args:
+    x: an array; another type registers a function of its own.
+    dtype: of the result, by default that of x; float8_e4m3fn is `fp8.cast` of that.
+  """
   cos = rotation.cos[:, :, None]  # (b, s, 1, d/2)
   sin = rotation.sin[:, :, None]
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   out = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-  return out.reshape(x.shape).astype(x.dtype)
+  return fp8.as_dtype(out.reshape(x.shape).astype(x.dtype), dtype or x.dtype)

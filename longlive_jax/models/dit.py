@@ -22,11 +22,13 @@ from longlive_jax.layers import operand, rope, teacher_forcing
 from longlive_jax.layers.linear import Linear
 from longlive_jax.layers.norm import LayerNorm, RMSNorm, modulate
 from longlive_jax.layers.operand import Operand, gelu
+from longlive_jax.layers.projection import Projection, projected
 from longlive_jax.layers.remat import rematerialised
+from longlive_jax.models import block_scan
 
 Array = jax.Array
-# attend(layer state, q, k, v each (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
-Attend = Callable[[Any, Array, Array, Array], tuple[Operand, Any]]
+# attend(layer state, q, k, v (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
+Attend = Callable[[Any, Projection, Projection, Array], tuple[Operand, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +146,16 @@ class AttentionProjections(nnx.Module):
     self.norm_k = RMSNorm(dim, eps=config.eps, dtype=dtype)
     self.heads = config.heads
 
-  def queries(self, x: Operand) -> Array:
-    return self._split(self.norm_q(self.q(x)))
+  def queries(self, x: Operand) -> Projection:
+    return projected(self.q, x, self.norm_q, self.heads)
 
-  def keys_values(self, x: Operand) -> tuple[Array, Array]:
-    return self._split(self.norm_k(self.k(x))), self._split(self.v(x))
+  def keys_values(self, x: Operand) -> tuple[Projection, Array]:
+    v = self.v(x)
+    keys = projected(self.k, x, self.norm_k, self.heads)
+    return keys, v.reshape(*v.shape[:-1], self.heads, -1)
 
   def output(self, x: Operand) -> Array:
     return self.o(operand.read_by(self.o, x.reshape(*x.shape[:-2], -1)))
-
-  def _split(self, x: Array) -> Array:
-    return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
 @jax.tree_util.register_dataclass
@@ -224,12 +225,13 @@ class Block(nnx.Module):
     """
     keys = text if isinstance(text, TextKeys) else self.text_keys(text)
     pieces = h.reshape(len(keys.k), -1, h.shape[-1])
-    q = self.cross_attn.queries(pieces)
+    q = self.cross_attn.queries(pieces).numbers()
     return self.cross_attn.output(attn.attention(q, keys.k, keys.v)).reshape(h.shape)
 
   def text_keys(self, text: Array) -> TextKeys:
     """Keys of embedded prompts (b, segments, k, D) for this layer."""
-    return TextKeys(*self.cross_attn.keys_values(text.reshape(-1, *text.shape[2:])))
+    keys, values = self.cross_attn.keys_values(text.reshape(-1, *text.shape[2:]))
+    return TextKeys(keys.numbers(), values)
 
 
 class Head(nnx.Module):
@@ -297,8 +299,9 @@ class CausalDiT(nnx.Module):
     def step(_, block):
       return None, block.text_keys(text)
 
-    parts = [lax.scan(step, None, run)[1] for run in block_runs(self)]
-    return parts[0] if len(parts) == 1 else _join(parts)
+    return block_scan.join(
+      [lax.scan(step, None, run)[1] for run in block_runs(self)]
+    )
 
   def embed_time(self, time: Array) -> tuple[Array, Array]:
     """Time features (b, f, freq_dim) -> e (b, f, D) and table (b, f, 6, D)."""
@@ -315,19 +318,22 @@ class CausalDiT(nnx.Module):
     layers: Any = None,
     *,
     remat: str = "none",
-  ) -> tuple[Array, Any]:
+    velocity: bool = True,
+  ) -> tuple[Array | None, Any]:
     """Velocity of noisy latents.
 
     Args:
       latents: (b, f, y, x, c).
       time: features of each frame's timestep (b, f, freq_dim), see time_features.
       text: embedded text (b, segments, text_len, D), see embed_text, or text_keys.
-      attend: self-attention, see `Attend`; it also rotates.
+      attend: self-attention, see `Attend`; it also norms and rotates q and k.
       layers: per-layer state for attend, leading axis l, or None.
       remat: what the backward pass computes again, see layers/remat.py.
+      velocity: False leaves out what only serves it, when a pass is to remember.
 
     Returns:
-      velocity (b, f, y, x, c) float32 and what attend handed out, stacked over l.
+      velocity (b, f, y, x, c) float32 or None, and what attend handed out, stacked
+      over l.
     """
     y, x_size = latents.shape[2:4]
     patch = self.config.patch
@@ -341,25 +347,18 @@ class CausalDiT(nnx.Module):
       layer = jax.tree.map(lambda a: a[index], layers)
       return block(x, table, text if keys is None else keys, attend, layer)
 
-    step = rematerialised(step, remat)
-    pieces, first = [], 0
-    for run in block_runs(self):
-      count = len(run.modulation[...])
-      keys = jax.tree.map(lambda a, i=first, j=first + count: a[i:j], text_keys)
-      x, piece = lax.scan(step, x, (run, keys, first + jnp.arange(count)))
-      pieces, first = [*pieces, piece], first + count
-    handed_out = pieces[0] if len(pieces) == 1 else _join(pieces)
-    velocity = unpatchify(self.head(x, e), patch, y, x_size)
-    return velocity.astype(jnp.float32), handed_out
+    x, handed_out = block_scan.through(
+      rematerialised(step, remat), x, block_runs(self), text_keys, end=velocity
+    )
+    if not velocity:
+      return None, handed_out
+    out = unpatchify(self.head(x, e), patch, y, x_size)
+    return out.astype(jnp.float32), handed_out
 
   def rotation(self, temporal: rope.Rotation, y: int, x: int) -> rope.Rotation:
     """Rotation of all tokens, from temporal rotations (b, f, pairs)."""
     patch = self.config.patch
     return rope.grid_rotation(temporal, y // patch, x // patch, self.config.head_dim)
-
-
-def _join(runs: Sequence[Any]) -> Any:
-  return jax.tree.map(lambda *a: jnp.concatenate(a), *runs)
 
 
 def block_runs(model: CausalDiT) -> list[Block]:

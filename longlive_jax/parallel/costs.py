@@ -102,6 +102,7 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
   """Every stage of a chunk on one device, with a full window."""
   c, size = config, work.itemsize
   passes, layers = work.steps + 1, c.layers * (work.steps + 1)
+  whole = layers - 1  # the clean pass needs of its last block keys and values only
   tokens = work.rows * work.chunk_tokens // work.split
   queries, width = work.rows * work.chunk_tokens, c.dim // work.split
   keys = work.rows * work.window_frames * work.tokens
@@ -127,8 +128,10 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
     return Cost(4 * queries * keys_a_query * width, moved, "attention")
 
   attended = attention(queries, keys // work.rows, keys, width)
+  turned = read = size  # bytes of a number of q, and of k and the window
   if work.attention_format == "fp8":
     attended = Cost(attended.flops, attended.bytes / size, "attention_fp8")
+    turned, read = 1, 1 if work.kv_format == "e4m3" else size
   return {
     "patch_embedding": Stage(passes, (plain(tokens, c.in_channels * patch, c.dim),)),
     "time": Stage(
@@ -140,14 +143,16 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
       ),
     ),
     "qkv": Stage(layers, packed(tokens, c.dim, 3 * c.dim)),
-    "norm_rope": Stage(layers, (Cost(0, 4 * size * tokens * c.dim),)),
-    "cache_read": Stage(
-      layers, (Cost(0, 2 * keys * width * (work.cache_itemsize + size)),)
+    "norm_rope": Stage(
+      layers, (Cost(0, (2 * size + turned + read) * tokens * c.dim),)
     ),
-    "attention": Stage(layers, (attended,)),
-    "output": Stage(layers, (*packed(tokens, c.dim, c.dim), residual)),
+    "cache_read": Stage(
+      whole, (Cost(0, 2 * keys * width * (work.cache_itemsize + read)),)
+    ),
+    "attention": Stage(whole, (attended,)),
+    "output": Stage(whole, (*packed(tokens, c.dim, c.dim), residual)),
     "cross_attention": Stage(
-      layers,
+      whole,
       (
         *packed(tokens, c.dim, c.dim),
         attention(tokens, c.text_len, texts, c.dim),
@@ -156,14 +161,14 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
       ),
     ),
     "ffn": Stage(
-      layers,
+      whole,
       (
         *packed(tokens, c.dim, c.ffn_dim),
         *packed(tokens, c.ffn_dim, c.dim),
         residual,
       ),
     ),
-    "head": Stage(passes, (plain(tokens, c.dim, c.out_channels * patch),)),
+    "head": Stage(work.steps, (plain(tokens, c.dim, c.out_channels * patch),)),
     "text": Stage(
       1,
       (

@@ -21,6 +21,7 @@ from jax import lax
 
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.kernels.nvfp4_quantise import quantise
+from longlive_jax.layers.projection import Projection, numbers
 from longlive_jax.parallel.mesh import BRANCH, DATA, SEQUENCE
 from longlive_jax.quant import fp8, nvfp4
 
@@ -102,8 +103,13 @@ class Layout:
         that, on a single device, too: numbers do not depend on how many there are.
     """
 
-    def around(layer: Any, q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-      b = len(q)
+    if self.sequence == 1 and not format:
+      return attend
+
+    def around(
+      layer: Any, q: Array | Projection, k: Array | Projection, v: Array
+    ) -> tuple[Array, Any]:
+      b, q, k = len(v), numbers(q), numbers(k)  # the norm is over all heads
       q, k, v = (a.reshape(b, frames, -1, *a.shape[2:]) for a in (q, k, v))
       arrived = (
         self.to_heads(q, tokens),

@@ -166,8 +166,15 @@ def product(rows: Rows, weight: FP8Array, sum_dtype: jnp.dtype | None = None) ->
   return (total * rows.array.scale * weight.scale[:, 0]).astype(rows.dtype)
 
 
+def as_dtype(x: Array, dtype: jnp.dtype) -> Array:
+  """x in a dtype; in float8_e4m3fn with scale 1, at most 448, see `cast`."""
+  return cast(x) if dtype == jnp.float8_e4m3fn else x.astype(dtype)
+
+
 def cast(x: Array) -> Array:
   """x as float8_e4m3fn with scale 1: nearest, ties to even, at most 448."""
+  if x.dtype == jnp.float8_e4m3fn:
+    return x
   # The cast alone makes NaN of what is larger. Not `exact.e4m3`, whose ten operations
   # a number would take longer than moving a window of keys: of 16-bit numbers this is
   # the same.

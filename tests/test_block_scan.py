@@ -1,0 +1,98 @@
+"""A pass that only remembers: what it leaves out, and that its numbers are the same."""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_weights import fill, normal
+
+from longlive_jax.generate import sampler
+from longlive_jax.generate.sampler import Sampling
+from longlive_jax.layers import kv_cache
+from longlive_jax.models import block_scan, dit
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+LAYERS, N, Y, X = 5, 2, 4, 4
+CONFIG = dataclasses.replace(dit.SIZES["test"], layers=LAYERS)
+ABSTRACT = jax.eval_shape(lambda: dit.CausalDiT(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("cuts", [[], [2], [1, 4]])
+def test_what_is_handed_out_is_that_of_a_scan(cuts):
+  weights = jnp.asarray(normal(LAYERS, 8, 8))
+  edges = [0, *cuts, LAYERS]
+  runs = [weights[a:b] for a, b in itertools.pairwise(edges)]
+
+  def step(x, inputs):
+    weight, other, index = inputs
+    return jnp.tanh(weight @ x), (x * other, index)
+
+  others = jnp.arange(5.0)
+  forward = jax.jit(block_scan.through, static_argnums=0, static_argnames="end")
+  x, want = forward(step, jnp.ones(8), runs, others)
+  nothing, found = forward(step, jnp.ones(8), runs, others, end=False)
+  assert x.shape == (8,) and nothing is None
+  assert want[1].tolist() == list(range(LAYERS))
+  for one, other in zip(found, want, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+@functools.cache
+def clean_pass(velocity: bool, kv_format: str):
+  """The program that writes a chunk into a cache, and the cache that it leaves."""
+  model = fill(ABSTRACT)
+  sampling = Sampling(
+    frames_per_chunk=N, window_frames=3 * N, sink_frames=N, kv_format=kv_format
+  )
+  cache = sampler.init_cache(model, sampling, 1, Y, X)
+  frames = np.arange(N, dtype=np.int32)[None]
+  temporal = sampler.chunk_temporal(CONFIG, sampling, frames, np.zeros(1, np.int32))
+
+  def write(model, cache):
+    placement = kv_cache.place(cache, jnp.asarray(frames))
+    out, kept = sampler.cached_forward(
+      model, cache, placement, normal(1, N, Y, X, CONFIG.in_channels),
+      dit.time_features(np.zeros((1, N)), CONFIG.freq_dim),
+      normal(1, 1, CONFIG.text_len, CONFIG.dim), temporal, keep=True, velocity=velocity,
+    )  # fmt: skip
+    assert (out is not None) == velocity
+    return kv_cache.commit(cache, placement, *kept)
+
+  program = jax.jit(write, donate_argnums=1).lower(model, cache).compile()
+  return program, jax.tree.map(np.asarray, program(model, cache))
+
+
+@pytest.mark.parametrize("kv_format", ["", "e4m3"])
+def test_the_cache_is_the_same_to_the_bit(kv_format):
+  found, want = (clean_pass(velocity, kv_format)[1] for velocity in (False, True))
+  for one, other in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+    np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+  assert np.any(found.k[-1].view(np.uint8))  # the last layer's, too
+
+
+def test_the_last_block_makes_keys_and_values_only():
+  """And no copy of the other blocks' weights, which at 5B are 5 GB."""
+  short, whole = (clean_pass(velocity, "")[0] for velocity in (False, True))
+  products = [len(re.findall(r" dot\(", p.as_text())) for p in (short, whole)]
+  assert products[0] == products[1] + 2  # beside the loop's block; no head in either
+  assert f"[{LAYERS - 1},{CONFIG.dim}" not in short.as_text()
+  blocks = sum(4 * leaf.size for leaf in jax.tree.leaves(ABSTRACT.blocks))
+  spare = [p.memory_analysis().temp_size_in_bytes for p in (short, whole)]
+  assert spare[0] - spare[1] < blocks / LAYERS  # what is read of the last one
+
+
+def test_the_cache_is_written_in_place():
+  """Of a donated cache there is no copy, and nothing looks up where a number goes."""
+  program, cache = clean_pass(False, "")
+  text, slots = program.as_text(), ",".join(map(str, cache.k.shape))
+  assert re.search(rf"\[{slots}\]\S* dynamic-update-slice\(", text)
+  assert not re.search(rf"\[{slots}\]\S* (copy|scatter|concatenate)\(", text)
+  held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+  assert program.memory_analysis().alias_size_in_bytes >= held
