@@ -125,12 +125,12 @@ from longlive_jax.parallel import mesh as meshes
 
 meshes.initialize(distributed)
 changes = {
-  "dit": "test8", "train_text": "frozen", "steps": 2, "accumulate": 2,
+  "size": "test8", "train_text": "frozen", "steps": 2, "accumulate": 2,
   "checkpoint_every": 1, "export_dtype": "float32", "optimizer.warmup": 1,
   "ema_start": 1,
   "recycle.buckets": 4, "recycle.capacity": 4,
   "devices": int(devices), "sequence_devices": int(sequence),
-  "data.encode_once": False, "vae": folder + "/small_vae",
+  "data.encode_once": False, "vae_weights": folder + "/small_vae",
 }
 script.train(make_config(Path(folder), workdir, **changes))
 print(json.dumps({"devices": jax.device_count()}))

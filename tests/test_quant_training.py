@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_weights import fill, normal, random_dit
+from random_weights import fill, normal, random_dit, random_vae
 
 from longlive_jax.checkpoint import store
 from longlive_jax.layers import linear
+from longlive_jax.models import dit, umt5
 from longlive_jax.quant import nvfp4, training, weights
 from longlive_jax.quant.training import TrainingSettings, TrainingWeight
 from longlive_jax.train import step
@@ -225,9 +226,14 @@ def quantised_config(**changes):
     ({"layers": ("text_embedding/fc1",)}, "text_embedding/fc1 has 24 inputs"),
   ],
 )
-def test_the_script_refuses_settings_before_anything_is_built(changes, message):
+def test_the_script_refuses_settings_before_anything_is_built(
+  changes, message, tmp_path
+):
+  store.save_network(tmp_path / "vae", random_vae())
+  config = quantised_config(**changes)
+  config.vae_weights = str(tmp_path / "vae")
   with pytest.raises(ValueError, match=message):
-    script.check(quantised_config(**changes))
+    script.check(config)
 
 
 def test_the_script_quantises_nothing_unless_told():
@@ -243,11 +249,11 @@ def test_the_script_trains_in_the_precision_it_is_told(mode):
   """Traced only: compiling it takes longer than all other tests here."""
   config = quantised_config(mode=mode)
   config.dtype = "bfloat16"
-  dit_config, text_config = script.check(config)
+  dit_config = dit.SIZES["test"]
   loss_fn = step.make_loss(dit_config, script.loss_settings(config))
   params = {
     "dit": store.abstract_network("dit", dit_config),
-    "text": store.abstract_network("umt5", text_config),
+    "text": store.abstract_network("umt5", umt5.UMT5_SIZES["test"]),
   }
   batch = {
     "latents": jnp.zeros((2, 8, 2, 2, 8)),
