@@ -236,11 +236,6 @@ def check(config: ml_collections.ConfigDict) -> networks.Sources:
   loss_settings(config).flow.check(config.view.window * config.data.frames_per_chunk)
   remat.check(config.remat)
   quantise = training_settings(config)
-  if quantise and config.devices * config.sequence_devices > 1:
-    raise ValueError(
-      f"quantise.mode={config.quantise.mode!r} needs devices=1 and sequence_devices=1: "
-      "its scales would depend on how many devices share the tokens"
-    )
   # The solver has no part in training.
   choice = networks.pick(networks.Choice, config) | {"steps": 1}
   sources = networks.find_all(networks.Choice(**choice))
@@ -282,11 +277,6 @@ def check_adapter(config: ml_collections.ConfigDict, sources: networks.Sources) 
       f"train_text={config.train_text!r} cannot be; set train_text='frozen'"
     )
   train_lora.check_layers(networks.abstract(sources.dit, config.dtype), settings)
-  if config.devices * config.sequence_devices > 1:
-    raise ValueError(
-      f"lora.rank={settings.rank} needs devices=1 and sequence_devices=1: its base is "
-      "not spread over devices"
-    )
 
 
 def chunking_of(config: ml_collections.ConfigDict) -> Chunking:
@@ -300,8 +290,7 @@ def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | N
   mode = config.quantise.mode
   if mode not in ("", "nvfp4"):
     raise ValueError(f"quantise.mode={mode!r} is unknown; use '' or 'nvfp4'")
-  names = [field.name for field in dataclasses.fields(TrainingSettings)]
-  settings = TrainingSettings(**{name: config.quantise[name] for name in names})
+  settings = TrainingSettings(**networks.pick(TrainingSettings, config.quantise))
   return settings if mode else None
 
 
@@ -348,7 +337,7 @@ def start_networks(
   if config.lora.rank:
     settings = train_lora.LoraSettings(**config.lora)
     base = {
-      "dit": networks.load(sources.dit, config.dtype),
+      "dit": start.load(sources.dit, mesh, dit_key, config.dtype),
       "text": start.load(sources.text, mesh, text_key, config.dtype),
     }
     key = jax.random.key(config.seed)

@@ -1,14 +1,16 @@
 """Training from converted checkpoints: settings of the 5B model, tiny networks."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_balanced import result, start
 from test_train import compile_cache, get_config, losses, random_network, script  # noqa: F401
 
-from longlive_jax.checkpoint import store
+from longlive_jax.checkpoint import lora, store
 from longlive_jax.data.video import VideoWriter
 from longlive_jax.models import dit, umt5, vae
 from longlive_jax.models.text import train_toy_tokenizer
@@ -98,6 +100,40 @@ def test_a_checkpoint_is_tuned_as_a_whole(folder, tmp_path):
     for root in (tmp_path / "model", folder / "weights")
   ]
   assert tokenizers[0] == tokenizers[1]
+
+
+ADAPTER = {
+  "precision": "w4a16", "lora.rank": 4, "lora.layers": ("blocks/self_attn/*",),
+  "batch_size": 2, "checkpoint_every": 1,
+}  # fmt: skip
+
+TWO = """
+jax.config.update("jax_num_cpu_devices", 2)
+
+from pathlib import Path
+
+from test_finetune import ADAPTER, make_config, script
+
+folder, workdir = sys.argv[1:]
+changes = {**ADAPTER, "sequence_devices": 2}
+script.train(make_config(Path(folder), workdir, "ti2v-5b,lora", **changes))
+print("{}")
+"""
+
+
+def test_an_adapter_is_tuned_on_two_devices_and_goes_on_on_one(folder, tmp_path):
+  both, one = tmp_path / "both", tmp_path / "one"
+  result(start(TWO, folder, both))
+  shutil.copytree(both / "checkpoints" / "1", one / "checkpoints" / "1")
+  script.train(make_config(folder, one, "ti2v-5b,lora", **ADAPTER))
+  assert list(losses(one)) == [2]
+  np.testing.assert_allclose(losses(both)[2], losses(one)[2], rtol=1e-5)
+  found, want = (lora.load_lora(path / "model" / "lora", 2) for path in (both, one))
+  for name, factors in want.factors.items():
+    for a, b in zip(found.factors[name], factors, strict=True):
+      # Adam divides by the root of a square: tiny gradients make large differences.
+      np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max(), err_msg=name)
+  assert not (both / "model" / "dit").exists()
 
 
 @pytest.mark.parametrize(

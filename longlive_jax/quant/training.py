@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from longlive_jax.kernels import nvfp4_quantise
 from longlive_jax.quant import nvfp4, weights
@@ -35,6 +36,9 @@ class TrainingSettings:
     tiles: one scale for 16 x 16 weights, so that the transposed weight of the backward
       pass has the numbers of the forward pass.
     hadamard: rotate both operands of grad_weight, which spreads outliers.
+    mesh_axes: inside shard_map, those over which tokens are spread. They share the
+      tensor scales of all tokens; stochastic rounding has draws of its own on each
+      device.
   """
 
   activation: str = "mse"
@@ -43,6 +47,7 @@ class TrainingSettings:
   stochastic: bool = True
   tiles: bool = True
   hadamard: bool = True
+  mesh_axes: tuple[str, ...] = ()
 
   def __post_init__(self):
     for name in (self.activation, self.weight, self.gradient):
@@ -123,7 +128,9 @@ def _forward(
   x: Array, weight: Array, key: Array, settings: TrainingSettings
 ) -> tuple[Array, tuple[NVFP4Array, Array, Array]]:
   rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-  packed = nvfp4_quantise.quantise(rows, rule=settings.activation)
+  packed = nvfp4_quantise.quantise(
+    rows, rule=settings.activation, amax=_shared_amax(rows, settings)
+  )
   y = product(packed, _quantise_weight(weight, settings)).astype(x.dtype)
   # Kept for the backward pass: 4.5 bits of an activation instead of all.
   return y.reshape(*x.shape[:-1], -1), (packed, weight, key)
@@ -135,16 +142,19 @@ def _backward(
   gradient: Array,
 ) -> tuple[Array, Array, None]:
   packed, weight, key = kept
+  if settings.mesh_axes:
+    key = jax.random.fold_in(key, lax.axis_index(settings.mesh_axes))
   input_key, weight_key = jax.random.split(key) if settings.stochastic else (None, None)
   rows = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
+  amax = _shared_amax(rows, settings)
   grad_input = product(
-    nvfp4.quantise(rows, rule=settings.gradient, key=input_key),
+    nvfp4.quantise(rows, rule=settings.gradient, amax=amax, key=input_key),
     _quantise_weight(weight.T, settings),
   )
   x = nvfp4.dequantise(packed, gradient.dtype)
   grad_weight = product(
-    _quantise_tokens(rows, settings.gradient, weight_key, settings.hadamard),
-    _quantise_tokens(x, settings.activation, None, settings.hadamard),
+    _quantise_tokens(rows, settings.gradient, weight_key, settings),
+    _quantise_tokens(x, settings.activation, None, settings),
   )
   grad_input = grad_input.astype(gradient.dtype).reshape(*gradient.shape[:-1], -1)
   return grad_input, grad_weight.astype(weight.dtype), None
@@ -158,13 +168,22 @@ def _quantise_weight(weight: Array, settings: TrainingSettings) -> NVFP4Array:
 
 
 def _quantise_tokens(
-  rows: Array, rule: str, key: Array | None, hadamard: bool
+  rows: Array, rule: str, key: Array | None, settings: TrainingSettings
 ) -> NVFP4Array:
   """(tokens, c) -> (c, tokens), blocks along tokens, which are padded with zeros."""
   columns = jnp.pad(rows.T, ((0, 0), (0, -len(rows) % BLOCK)))
-  if key is None:
-    front = "hadamard" if hadamard else "none"
+  if key is None and not settings.mesh_axes:
+    front = "hadamard" if settings.hadamard else "none"
     return nvfp4_quantise.quantise(columns, rule=rule, front=front)
-  if hadamard:
+  if settings.hadamard:
     columns = nvfp4.hadamard(columns)
-  return nvfp4.quantise(columns, rule=rule, key=key)
+  amax = _shared_amax(columns, settings)
+  if key is None:
+    return nvfp4_quantise.quantise(columns, rule=rule, amax=amax)
+  return nvfp4.quantise(columns, rule=rule, amax=amax, key=key)
+
+
+def _shared_amax(x: Array, settings: TrainingSettings) -> Array | None:
+  """The largest magnitude of all devices; None where there is but one."""
+  axes = settings.mesh_axes
+  return nvfp4.largest(x, mesh_axes=axes) if axes else None

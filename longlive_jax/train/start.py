@@ -10,23 +10,27 @@ from jax.sharding import Mesh
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import networks
 from longlive_jax.parallel import mesh as meshes
+from longlive_jax.parallel import sharded_weights
 
 
 def load(
   source: networks.Source, mesh: Mesh | None, key: jax.Array, dtype: str | None = None
 ) -> Any:
-  """A network of plain weights, split over a mesh as `mesh.last_axis_specs` says.
+  """A network, split over a mesh as `mesh.last_axis_specs` says.
 
-  It is whole on no device: one may not have the room.
+  Plain weights are whole on no device: one may not have the room.
 
   Args:
-    source: a checkpoint, or none: then it is random.
+    source: a checkpoint, or none: then it is random. Of quantised weights, or to be
+      quantised, it is as `networks.load` gives it.
     key: of random weights.
     dtype: that of the checkpoint if not given, of random weights float32.
 
   Raises:
     FileNotFoundError, ValueError: as `store.load`.
   """
+  if source.precision.mode or is_packed(source):
+    return sharded_weights.place(networks.load(source, dtype), mesh)
   module = store.NETWORKS[source.kind][0]
   if source.path is not None:
     dtype = dtype or store.load_metadata(source.path)["dtype"]
@@ -46,9 +50,14 @@ def load(
   return jax.jit(build, out_shardings=places)(key)
 
 
+def is_packed(source: networks.Source) -> bool:
+  """Whether a checkpoint has quantised weights."""
+  return source.path is not None and store.is_packed(store.load_metadata(source.path))
+
+
 def check_trainable(source: networks.Source) -> None:
   """Raises ValueError for a checkpoint of quantised weights, which no step can move."""
-  if source.path is not None and store.is_packed(store.load_metadata(source.path)):
+  if is_packed(source):
     raise ValueError(
       f"{source.kind} weights={source.path} are quantised and cannot be trained whole; "
       "set lora.rank to train an adapter on them, or give those they were made from"

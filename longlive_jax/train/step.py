@@ -81,15 +81,18 @@ def make_loss(
   features = dit.time_features(
     flow.timestep_table(settings.flow.shift), config.freq_dim
   )  # (1001, freq_dim), one row an index
+  quantise = settings.quantise
+  if quantise and mesh is not None:
+    quantise = dataclasses.replace(quantise, mesh_axes=mesh.axis_names)
 
   def loss_fn(params, batch, key, errors=None, base=None):
     params = train_state.cast({**(base or {}), **params}, settings.dtype)
     transformer = params["dit"]
-    if settings.quantise:
+    if quantise:
       # Far from the numbers of a split: the draws of the loss stay what they are.
       rounding = jax.random.fold_in(key, 2**31)
       transformer = prepare_training(
-        transformer, settings.quantised_layers, settings.quantise, rounding
+        transformer, settings.quantised_layers, quantise, rounding
       )
     if "lora" in params:
       transformer = attach_lora(transformer, params["lora"])
