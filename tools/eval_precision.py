@@ -36,6 +36,7 @@ from ml_collections import config_flags
 
 from longlive_jax.data import detectors, toy_world
 from longlive_jax.data.detectors import Detection
+from longlive_jax.data.scores import score_identity
 from longlive_jax.data.toy_world import Scene
 from longlive_jax.generate import precision, report
 from longlive_jax.generate.precision import Precision
@@ -330,7 +331,7 @@ def scores(
     for shot, detection in zip(scene.shots, row, strict=True)
   ]
   row = {name: float(np.mean([r[name] for r in right])) for name in right[0]}
-  row["subject kept"] = eval_toy.score_identity(outcome.found)["subject kept"]
+  row["subject kept"] = score_identity(outcome.found)["subject kept"]
   moved, before = (
     detectors.motion_amount(itertools.chain(*each.found))
     for each in (outcome, baseline)
