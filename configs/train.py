@@ -162,6 +162,30 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.ema_decay = 0.9995
   c.ema_start = 1000
 
+  # Videos of the averaged weights, in workdir/eval/STEP, and what detectors find in
+  # them, with the metrics: see longlive_jax/train/evaluation.py.
+  c.eval = ml_collections.ConfigDict()
+  c.eval.every = 0  # steps; 0 is never
+  c.eval.prompts = ""  # a file or folder; '': scenes of the toy world, which get scores
+  c.eval.videos = 8
+  c.eval.batch = 8  # generated together
+  c.eval.chunks = 4
+  c.eval.negative_prompt = ""
+  c.eval.seed = 0
+  c.sampling = ml_collections.ConfigDict()  # of these videos, as configs/generate.py
+  c.sampling.window_frames = 32
+  c.sampling.sink_frames = 8
+  c.sampling.multi_shot_sink = True
+  c.sampling.shot_rope_offset = 8.0
+  c.sampling.clean_recache = False
+  c.sampling.relative_rope = True
+  c.sampling.solver = "unipc"
+  c.sampling.steps = 8
+  c.sampling.shift = 3.0
+  c.sampling.guidance = 2.0
+  c.decode_frames = 8  # latent frames at a time
+
+  c.tensorboard = False  # event files in workdir/tensorboard: needs '.[tensorboard]'
   c.log_every = 100
   c.checkpoint_every = 2000
   c.keep_checkpoints = 2  # the newest
@@ -180,6 +204,10 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     c.optimizer.beta1, c.optimizer.beta2, c.optimizer.clip = 0.0, 0.999, 10.0
     c.optimizer.weight_decay, c.optimizer.warmup = 0.0, 0
     c.ema_decay, c.ema_start = 0.99, 100
+    c.sampling.relative_rope, c.sampling.shift = False, 5.0
+    c.sampling.steps, c.sampling.guidance = 50, 5.0  # not distilled yet
+    c.eval.prompts, c.eval.videos, c.eval.batch = "prompts.txt", 2, 1
+    c.decode_frames = 1
     c.steps, c.batch_size, c.sequence_devices, c.remat = 3000, 1, 4, "attention"
     c.log_every, c.checkpoint_every, c.stop_every = 10, 500, 1
   if size == "test":
@@ -188,6 +216,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     c.data.chunks, c.data.frames_per_chunk, c.data.threads = 5, 2, 2
     c.data.encode_batch, c.data.latents = 2, ""
     c.optimizer.warmup, c.ema_start = 2, 2
+    c.eval.videos, c.eval.batch, c.eval.chunks = 3, 2, 2
+    c.sampling.window_frames, c.sampling.sink_frames, c.sampling.steps = 8, 2, 2
   if "i2v" in options:
     c.flow.conditioning_frames = 1
   if "lora" in options:

@@ -10,6 +10,7 @@ inference checkpoints, with tokenizer.json beside them.
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import shutil
 import time
@@ -29,10 +30,12 @@ from longlive_jax.checkpoint import store
 from longlive_jax.data.clip import Chunking, captions_of
 from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate import networks, request
+from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.layers import remat
 from longlive_jax.models import dit
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
+from longlive_jax.models.vae import VideoVAE
 from longlive_jax.parallel import balanced
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
@@ -41,6 +44,13 @@ from longlive_jax.train import flow, latents, loop, recycle, start
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
 from longlive_jax.train import step as train_step
+from longlive_jax.train.evaluation import (
+  EvalSettings,
+  Evaluation,
+  find_task,
+  generating,
+)
+from longlive_jax.train.stories import encode_images
 
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -125,11 +135,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     count = sum(a.size for a in jax.tree.leaves(network))
     log.info("%s: %.2f million parameters", name, count / 1e6)
   optimizer = train_state.make_optimizer(optimizer_settings)
+  begin = batches.get_state()
+  frame_shape = next(batches)["latents"].shape[2:]
+  batches.set_state(begin)
   errors = None
   if recycling.buckets:
-    begin = batches.get_state()
-    frame_shape = next(batches)["latents"].shape[2:]
-    batches.set_state(begin)
     errors = recycle.init_buffers(
       recycling, (frames_per_chunk, *frame_shape), jnp.dtype(config.dtype)
     )
@@ -157,6 +167,15 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     log.info("resumed at step %d", state.step)
   first = int(state.step)
 
+  # ------------------------------------------------------------------ evaluation
+  evaluate = None
+  if config.eval.every:
+    evaluation = make_evaluation(config, vae, tokenizer, frame_shape)
+
+    def evaluate(state, step):
+      found = generating(state.ema, base, config.dtype)
+      return evaluation(*found, step) if jax.process_index() == 0 else {}
+
   # ------------------------------------------------------------------ the loop
   def advance(state, step):
     # A streamed batch is on its devices already. Of encoded clips every process has
@@ -166,7 +185,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   state, line = loop.run(
     advance,
     state,
-    loop.MetricsLog(workdir / "metrics.jsonl", first),
+    loop.MetricsLog(
+      workdir / "metrics.jsonl",
+      first,
+      workdir / "tensorboard" if config.tensorboard else None,
+    ),
     checkpoints,
     batches.get_state,
     first=first,
@@ -176,6 +199,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     stop_every=config.stop_every,
     shown=("loss", "gradient_norm"),
     clips=lambda: batches.clips,
+    evaluate=evaluate,
+    evaluate_every=config.eval.every,
   )
   if source.skipped:
     names = ", ".join(sorted(source.skipped))
@@ -236,8 +261,12 @@ def check(config: ml_collections.ConfigDict) -> networks.Sources:
   loss_settings(config).flow.check(config.view.window * config.data.frames_per_chunk)
   remat.check(config.remat)
   quantise = training_settings(config)
-  # The solver has no part in training.
-  choice = networks.pick(networks.Choice, config) | {"steps": 1}
+  if config.tensorboard and not importlib.util.find_spec("tensorboardX"):
+    raise ValueError(
+      "tensorboard=True needs the package tensorboardX: pip install -e '.[tensorboard]'"
+    )
+  check_evaluation(config)
+  choice = networks.pick(networks.Choice, config) | {"steps": config.sampling.steps}
   sources = networks.find_all(networks.Choice(**choice))
   if sources.vae.path is None:
     raise ValueError(
@@ -277,6 +306,54 @@ def check_adapter(config: ml_collections.ConfigDict, sources: networks.Sources) 
       f"train_text={config.train_text!r} cannot be; set train_text='frozen'"
     )
   train_lora.check_layers(networks.abstract(sources.dit, config.dtype), settings)
+
+
+def check_evaluation(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for videos that cannot be made."""
+  settings = EvalSettings(**config.eval)
+  if not settings.every:
+    return
+  sampling_of(config)
+  if config.flow.conditioning_frames > 1:
+    raise ValueError(
+      f"flow.conditioning_frames={config.flow.conditioning_frames} must be at most 1 "
+      "for evaluation, whose videos start from an image; set eval.every=0"
+    )
+  task = find_task(settings, from_image=bool(config.flow.conditioning_frames))
+  if config.data.height:
+    task.check_picture(config.data.height, config.data.width)
+
+
+def sampling_of(config: ml_collections.ConfigDict) -> Sampling:
+  """How videos are sampled for evaluation."""
+  return Sampling(config.data.frames_per_chunk, **config.sampling)
+
+
+def make_evaluation(
+  config: ml_collections.ConfigDict,
+  video_vae: VideoVAE,
+  tokenizer: Tokenizer,
+  frame_shape: tuple[int, ...],
+) -> Evaluation:
+  """Videos as large as the clips, whose latents are `frame_shape`."""
+  settings = EvalSettings(**config.eval)
+  task = find_task(settings, from_image=bool(config.flow.conditioning_frames))
+  y, x, _ = frame_shape
+  height, width = (n * video_vae.config.spatial_factor for n in (y, x))
+  task.check_picture(height, width)
+  images = task.first_frames(height, width)
+  return Evaluation(
+    task,
+    settings,
+    sampling_of(config),
+    video_vae,
+    tokenizer,
+    Path(config.workdir) / "eval",
+    None if images is None else encode_images(video_vae, images),
+    (y, x),
+    fps=config.data.fps or 24,
+    decode_frames=config.decode_frames,
+  )
 
 
 def chunking_of(config: ml_collections.ConfigDict) -> Chunking:

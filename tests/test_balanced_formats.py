@@ -16,7 +16,8 @@ from random_weights import normal, random_dit
 from longlive_jax.parallel import mesh as meshes, sharded_weights
 from longlive_jax.quant import training, weights
 from longlive_jax.quant.training import TrainingSettings
-from longlive_jax.train import flow, step
+from longlive_jax.checkpoint import lora
+from longlive_jax.train import evaluation, flow, step
 from longlive_jax.train import lora as train_lora
 
 dit.SIZES["text16"] = dataclasses.replace(dit.SIZES["test"], text_len=16)
@@ -65,6 +66,16 @@ adapter = train_lora.init_lora(
 )
 adapter = jax.tree.map(lambda a: jnp.asarray(normal(*a.shape) / 8), adapter)
 found = {"lora": compared({"lora": adapter}, {"dit": base})}
+
+# What an evaluation generates with.
+placed = sharded_weights.place({"dit": base, "text": model}, mesh)
+split = {"lora": meshes.spread(adapter, meshes.last_axis_specs(adapter, mesh), mesh)}
+whole, _ = evaluation.generating(split, placed, "float32")
+want = lora.attach_lora(base, adapter)
+same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, want)
+devices = {device for leaf in jax.tree.leaves(whole) for device in leaf.devices()}
+found["whole"] = all(jax.tree.leaves(same)) and devices == {jax.devices()[0]}
+
 # One layer that reads tokens and one that reads prompts: they compile for long.
 nearest = TrainingSettings("static_6", "static_6", "static_6", stochastic=False)
 layers = ("blocks/self_attn/o", "blocks/cross_attn/k")
@@ -107,6 +118,10 @@ def test_an_adapter_over_weights_of_all_formats(found):
 def test_nvfp4_products_share_the_scales_of_all_tokens(found):
   """Codes next to the middle of two may flip; scales of their own are 0.1 apart."""
   assert found["nvfp4"]["loss"] < 1e-5 and found["nvfp4"]["gradients"] < 0.01
+
+
+def test_an_evaluation_has_whole_networks_on_one_device(found):
+  assert found["whole"]
 
 
 def test_devices_round_stochastically_on_their_own(found):
