@@ -30,7 +30,8 @@ On several hosts that share a file system, all start the same command with, besi
 import ml_collections
 
 SIZES = ("toy", "ti2v-5b", "test")
-OPTIONS = ("i2v", "lora", "nvfp4")
+PRECISIONS = ("nvfp4", "fp8")
+OPTIONS = ("i2v", "lora", *PRECISIONS)
 
 
 def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
@@ -39,11 +40,11 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   Args:
     arg: a size ('toy', the shipped model; 'ti2v-5b'; 'test', smallest sizes, a few
       steps), then comma-separated options: 'i2v' (every clip goes on from its first
-      latent frame), 'lora' (an adapter instead of the networks), 'nvfp4' (products in
-      4 bits).
+      latent frame), 'lora' (an adapter instead of the networks), 'nvfp4' or 'fp8'
+      (products in 4 or 8 bits).
 
   Raises:
-    ValueError: unknown size or option.
+    ValueError: unknown size or option, or two that exclude each other.
   """
   size, *options = arg.split(",")
   if size not in SIZES:
@@ -51,6 +52,10 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   for option in options:
     if option not in OPTIONS:
       raise ValueError(f"config option={option!r} is unknown; use {', '.join(OPTIONS)}")
+  precisions = [option for option in options if option in PRECISIONS]
+  if len(precisions) > 1:
+    names = " and ".join(map(repr, precisions))
+    raise ValueError(f"config options {names} exclude each other; use one")
   c = ml_collections.ConfigDict()
   c.workdir = "_".join(["outputs/train", size, *options])
   c.programs_dir = "~/.cache/longlive_jax/programs"  # compiled ones; '': not kept
@@ -124,8 +129,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
 
   # Low precision of the products with weights; master weights stay float32.
   c.quantise = ml_collections.ConfigDict()
-  c.quantise.mode = ""  # or 'nvfp4', forward and backward
+  c.quantise.mode = ""  # or 'nvfp4', forward and backward; 'fp8', forward
   c.quantise.layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
+  # Of NVFP4:
   c.quantise.activation = "mse"  # rules, of quant/nvfp4.py
   c.quantise.weight = "mse"
   c.quantise.gradient = "mse"
@@ -226,6 +232,6 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
       c.weights, c.vae_weights = "", ""  # those that ship with the package
     if size == "ti2v-5b":
       c.optimizer.learning_rate = 1e-4
-  if "nvfp4" in options:
-    c.quantise.mode = "nvfp4"
+  if precisions:
+    c.quantise.mode = precisions[0]
   return c

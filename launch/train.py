@@ -39,7 +39,8 @@ from longlive_jax.models.vae import VideoVAE
 from longlive_jax.parallel import balanced
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
-from longlive_jax.quant.training import TrainingSettings, prepare_training
+from longlive_jax.quant import training
+from longlive_jax.quant.training import FP8TrainingSettings, TrainingSettings
 from longlive_jax.train import flow, latents, loop, recycle, start
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
@@ -276,7 +277,7 @@ def check(config: ml_collections.ConfigDict) -> networks.Sources:
   check_adapter(config, sources)
   if quantise:  # finds layers that are not there or do not fit, without building any
     prepare = functools.partial(
-      prepare_training, patterns=config.quantise.layers, settings=quantise
+      training.prepare_training, patterns=config.quantise.layers, settings=quantise
     )
     network = networks.abstract(sources.dit, config.dtype)
     jax.eval_shape(prepare, network, key=jax.random.key(0))
@@ -362,13 +363,18 @@ def chunking_of(config: ml_collections.ConfigDict) -> Chunking:
   return Chunking(**{name: config.data[name] for name in names})
 
 
-def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | None:
+def training_settings(
+  config: ml_collections.ConfigDict,
+) -> TrainingSettings | FP8TrainingSettings | None:
   """How products with weights are quantised; None if they are not."""
   mode = config.quantise.mode
-  if mode not in ("", "nvfp4"):
-    raise ValueError(f"quantise.mode={mode!r} is unknown; use '' or 'nvfp4'")
-  settings = TrainingSettings(**networks.pick(TrainingSettings, config.quantise))
-  return settings if mode else None
+  if not mode:
+    return None
+  if mode not in training.MODES:
+    known = ", ".join(map(repr, training.MODES))
+    raise ValueError(f"quantise.mode={mode!r} is unknown; use '', {known}")
+  kind = training.MODES[mode]
+  return kind(**networks.pick(kind, config.quantise))
 
 
 def loss_settings(config: ml_collections.ConfigDict) -> train_step.LossSettings:

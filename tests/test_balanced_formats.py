@@ -10,9 +10,11 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from random_weights import normal, random_dit
 
+from longlive_jax.layers import linear
 from longlive_jax.parallel import mesh as meshes, sharded_weights
 from longlive_jax.quant import training, weights
 from longlive_jax.quant.training import TrainingSettings
@@ -100,6 +102,26 @@ def outer(x, weight):
   return jnp.sum(jnp.sin(each(x, weight)))
 
 
+# FP8 has no scale that tokens share; its weights are gathered as others are.
+layer = {"fp8": linear.Linear(32, 32, rngs=nnx.Rngs(0))}
+tokens = normal(2, 2, 16, 32)
+
+
+def squares(layer, mesh):
+  prepared = training.prepare_training(
+    layer, ["fp8"], training.FP8TrainingSettings(), jax.random.key(0)
+  )
+  apply = sharded_weights.over(mesh, lambda layer, x: layer["fp8"](x))
+  return jnp.sum(apply(prepared, tokens) ** 2)
+
+
+gradient = jax.jit(jax.grad(squares), static_argnums=1)
+want, split = (jax.tree.leaves(gradient(layer, m)) for m in (None, mesh))
+found["fp8"] = max(
+  float(np.linalg.norm(a - b) / np.linalg.norm(a))
+  for a, b in zip(map(np.asarray, want), map(np.asarray, split), strict=True)
+)
+
 rows = np.split(np.asarray(jax.jit(jax.grad(outer))(x, weight)), 4)
 found["same draws"] = max(float((rows[0] == other).mean()) for other in rows[1:])
 print(json.dumps(found))
@@ -122,6 +144,10 @@ def test_nvfp4_products_share_the_scales_of_all_tokens(found):
 
 def test_an_evaluation_has_whole_networks_on_one_device(found):
   assert found["whole"]
+
+
+def test_fp8_products(found):
+  assert found["fp8"] < 1e-5
 
 
 def test_devices_round_stochastically_on_their_own(found):

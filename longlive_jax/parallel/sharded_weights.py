@@ -23,7 +23,7 @@ from longlive_jax.layers.lora import LoraWeight
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.parallel.mesh import CLIPS, DATA, SEQUENCE
 from longlive_jax.quant import weights
-from longlive_jax.quant.training import TrainingWeight
+from longlive_jax.quant.training import FP8TrainingWeight, TrainingWeight
 from longlive_jax.quant.weights import Matrix
 
 Array = jax.Array
@@ -35,8 +35,8 @@ class ShardedWeight:
   """A weight that is split by columns over the mesh axes DATA and SEQUENCE.
 
   Attributes:
-    columns: an array or `TrainingWeight`, (..., out, in / devices) inside of shard_map,
-      (..., out, in) outside.
+    columns: an array, or one whose products are quantised in training;
+      (..., out, in / devices) inside of shard_map, (..., out, in) outside.
   """
 
   columns: Any
@@ -105,7 +105,8 @@ def _split(network: Any, mesh: Mesh) -> Any:
   def split(weight: Any) -> Any:
     if isinstance(weight, LoraWeight):
       return LoraWeight(*map(split, (weight.base, weight.a, weight.b)))
-    numbers = weight.weight if isinstance(weight, TrainingWeight) else weight
+    trained = isinstance(weight, TrainingWeight | FP8TrainingWeight)
+    numbers = weight.weight if trained else weight
     if not isinstance(numbers, Array) or meshes.last_axis_specs(numbers, mesh) == P():
       return weight
     return ShardedWeight(weight)

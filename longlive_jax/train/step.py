@@ -21,7 +21,11 @@ from longlive_jax.checkpoint.lora import attach_lora
 from longlive_jax.models import dit, umt5
 from longlive_jax.parallel import balanced, sharded_weights
 from longlive_jax.parallel import mesh as meshes
-from longlive_jax.quant.training import TrainingSettings, prepare_training
+from longlive_jax.quant.training import (
+  FP8TrainingSettings,
+  TrainingSettings,
+  prepare_training,
+)
 from longlive_jax.train import accumulate, flow
 from longlive_jax.train import state as train_state
 
@@ -47,7 +51,7 @@ class LossSettings:
   train_text: str = "frozen"
   sp_layout: str = "balanced"
   remat: str = "none"
-  quantise: TrainingSettings | None = None
+  quantise: TrainingSettings | FP8TrainingSettings | None = None
   quantised_layers: tuple[str, ...] = ()
 
 
@@ -83,7 +87,7 @@ def make_loss(
   )  # (1001, freq_dim), one row an index
   quantise = settings.quantise
   if quantise and mesh is not None:
-    quantise = dataclasses.replace(quantise, mesh_axes=mesh.axis_names)
+    quantise = quantise.spread(mesh.axis_names)
 
   def loss_fn(params, batch, key, errors=None, base=None):
     params = train_state.cast({**(base or {}), **params}, settings.dtype)
