@@ -201,9 +201,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   if size == "ti2v-5b":
     c.vae, c.text, c.weights = "wan2.2", "umt5-xxl", "checkpoints/ti2v-5b"
     c.vae_weights, c.train_text = "", "frozen"
-    c.data.folder, c.data.encode_once = "clips", False
+    c.data.folder, c.data.encode_once, c.data.threads = "clips", False, 4
     c.data.height, c.data.width, c.data.fps = 704, 1280, 24.0
-    # Whole clips, as the paper: sequences have no gaps.
+    # Whole clips: no chunk of theirs is left out between two others.
     c.view.window, c.view.plain, c.view.caption_dropout = c.data.chunks, 1.0, 0.0
     c.flow.shift, c.flow.weighting, c.flow.context_jitter = 5.0, "bell", 0.0
     c.optimizer.learning_rate, c.optimizer.final_ratio = 1e-5, 1.0

@@ -136,10 +136,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     count = sum(a.size for a in jax.tree.leaves(network))
     log.info("%s: %.2f million parameters", name, count / 1e6)
   optimizer = train_state.make_optimizer(optimizer_settings)
-  begin = batches.get_state()
-  frame_shape = next(batches)["latents"].shape[2:]
-  batches.set_state(begin)
-  errors = None
+  frame_shape, errors = (), None
+  if recycling.buckets or config.eval.every:
+    begin = batches.get_state()
+    frame_shape = next(batches)["latents"].shape[2:]
+    batches.set_state(begin)
   if recycling.buckets:
     errors = recycle.init_buffers(
       recycling, (frames_per_chunk, *frame_shape), jnp.dtype(config.dtype)
