@@ -287,7 +287,7 @@ def make_optimizers(
 
 
 def lora_settings(config: ml_collections.ConfigDict) -> train_lora.LoraSettings:
-  return train_lora.LoraSettings(precision=config.precision, **config.lora)
+  return train_lora.LoraSettings(**config.lora)
 
 
 def check_adapter(config: ml_collections.ConfigDict, sources: networks.Sources) -> None:

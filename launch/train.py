@@ -10,10 +10,12 @@ inference checkpoints, with tokenizer.json beside them.
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +23,35 @@ import ml_collections
 from absl import app, flags
 from absl import logging as absl_logging
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from longlive_jax.checkpoint import store
 from longlive_jax.data.clip import Chunking, captions_of
 from longlive_jax.data.clips import ClipSource, clip_source
-from longlive_jax.generate import networks
+from longlive_jax.generate import networks, request
+from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.layers import remat
-from longlive_jax.models import dit, umt5
+from longlive_jax.models import dit
 from longlive_jax.models.text import Tokenizer, fingerprint, train_toy_tokenizer
+from longlive_jax.models.vae import VideoVAE
 from longlive_jax.parallel import balanced
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.programs import keep_programs
-from longlive_jax.quant.training import TrainingSettings, prepare_training
-from longlive_jax.train import flow, latents, loop, recycle
+from longlive_jax.quant import training
+from longlive_jax.quant.training import FP8TrainingSettings, TrainingSettings
+from longlive_jax.train import flow, latents, loop, recycle, start
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
 from longlive_jax.train import step as train_step
+from longlive_jax.train.evaluation import (
+  EvalSettings,
+  Evaluation,
+  find_task,
+  generating,
+)
+from longlive_jax.train.stories import encode_images
 
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -58,7 +71,7 @@ DTYPES = ("bfloat16", "float32")
 def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   """Runs a training from start or checkpoint to its end; returns the last metrics."""
   # ------------------------------------------------------------------ settings
-  dit_config, text_config = check(config)
+  sources = check(config)
   mesh = meshes.training_mesh(config.devices, config.sequence_devices)
   frames_per_chunk = config.data.frames_per_chunk
   chunking = chunking_of(config)
@@ -81,17 +94,12 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     width=data.width or None,
     fps=data.fps or None,
   )
-  vae = store.load_vae(config.vae, dtype=jnp.dtype(config.dtype))
-  if vae.config.z_dim != dit_config.in_channels:
-    raise ValueError(
-      f"vae={config.vae!r} makes {vae.config.z_dim} channels, dit={config.dit!r} reads "
-      f"{dit_config.in_channels}; choose a pair that fits"
-    )
+  vae = networks.load(sources.vae, config.dtype)
   with meshes.first_process_first():
-    tokenizer = make_tokenizer(config, text_config, source, workdir)
+    tokenizer = make_tokenizer(config, sources, source, workdir)
   if data.encode_once:
     began = time.perf_counter()
-    content = fingerprint(data.folder, config.vae)
+    content = fingerprint(data.folder, sources.vae.path)
     with meshes.first_process_first():
       clips = latents.cached_clips(
         Path(data.latents) if data.latents else None,
@@ -123,26 +131,17 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     )
 
   # ------------------------------------------------------------------ networks
-  adapter = train_lora.LoraSettings(**config.lora)
-  if adapter.rank:
-    params, base = train_lora.start(
-      adapter, config.init, config.dit, config.dtype, config.seed
-    )
-  else:
-    params, base = init_params(config, dit_config, text_config), {}
-    if config.train_text == "frozen":  # no gradient, average or moments of it
-      base = {"text": params.pop("text")}
-    params = train_state.cast(params, jnp.float32)
+  params, base = start_networks(config, sources, mesh)
   for name, network in params.items():
     count = sum(a.size for a in jax.tree.leaves(network))
     log.info("%s: %.2f million parameters", name, count / 1e6)
-  base = meshes.spread(base, meshes.last_axis_specs(base, mesh), mesh)
   optimizer = train_state.make_optimizer(optimizer_settings)
-  errors = None
-  if recycling.buckets:
+  frame_shape, errors = (), None
+  if recycling.buckets or config.eval.every:
     begin = batches.get_state()
     frame_shape = next(batches)["latents"].shape[2:]
     batches.set_state(begin)
+  if recycling.buckets:
     errors = recycle.init_buffers(
       recycling, (frames_per_chunk, *frame_shape), jnp.dtype(config.dtype)
     )
@@ -150,7 +149,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   specs = meshes.last_axis_specs(state, mesh)
 
   # ------------------------------------------------------------------ one step
-  loss_fn = train_step.make_loss(dit_config, how, mesh)
+  loss_fn = train_step.make_loss(sources.dit.config, how, mesh)
   names = ("seed", "accumulate", "ema_decay", "ema_start")
   step_settings = train_step.StepSettings(
     optimizer_settings, **{name: config[name] for name in names}
@@ -161,7 +160,7 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   checkpoints = loop.Checkpoints(
     workdir / "checkpoints",
     config.keep_checkpoints,
-    config.init if base else "",
+    base_folder(config, sources),
     config.keep_every,
   )
   if checkpoints.steps():
@@ -169,6 +168,15 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     batches.set_state(iterator_state)
     log.info("resumed at step %d", state.step)
   first = int(state.step)
+
+  # ------------------------------------------------------------------ evaluation
+  evaluate = None
+  if config.eval.every:
+    evaluation = make_evaluation(config, vae, tokenizer, frame_shape)
+
+    def evaluate(state, step):
+      found = generating(state.ema, base, config.dtype)
+      return evaluation(*found, step) if jax.process_index() == 0 else {}
 
   # ------------------------------------------------------------------ the loop
   def advance(state, step):
@@ -179,7 +187,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   state, line = loop.run(
     advance,
     state,
-    loop.MetricsLog(workdir / "metrics.jsonl", first),
+    loop.MetricsLog(
+      workdir / "metrics.jsonl",
+      first,
+      workdir / "tensorboard" if config.tensorboard else None,
+    ),
     checkpoints,
     batches.get_state,
     first=first,
@@ -189,6 +201,8 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     stop_every=config.stop_every,
     shown=("loss", "gradient_norm"),
     clips=lambda: batches.clips,
+    evaluate=evaluate,
+    evaluate_every=config.eval.every,
   )
   if source.skipped:
     names = ", ".join(sorted(source.skipped))
@@ -196,8 +210,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 
   # ------------------------------------------------------------------ result
   if int(state.step) == config.steps:
-    if adapter.rank:
-      train_lora.export(state.ema, workdir / "model", "launch/train.py", config.init)
+    if config.lora.rank:
+      made_by, made_on = "launch/train.py", base_folder(config, sources)
+      train_lora.export(state.ema, workdir / "model", made_by, made_on)
     else:
       trained = {**base, **state.ema}
       export(trained, tokenizer, workdir / "model", config.export_dtype)
@@ -208,23 +223,15 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
 # -------------------------------------------------------------------------- parts
 
 
-def check(
-  config: ml_collections.ConfigDict,
-) -> tuple[dit.WanConfig, umt5.UMT5Config]:
+def check(config: ml_collections.ConfigDict) -> networks.Sources:
   """Refuses settings that cannot work, before anything is read or built.
+
+  Returns:
+    The networks, found but not loaded.
 
   Raises:
     ValueError: names the field, its value and what to use instead.
   """
-  dit_config = dit.size(config.dit)
-  if config.text not in umt5.UMT5_SIZES:
-    raise ValueError(f"text={config.text!r} is unknown; use {sorted(umt5.UMT5_SIZES)}")
-  text_config = umt5.UMT5_SIZES[config.text]
-  if text_config.dim != dit_config.text_dim:
-    raise ValueError(
-      f"text={config.text!r} has width {text_config.dim}, dit={config.dit!r} reads "
-      f"{dit_config.text_dim}; choose sizes that belong together"
-    )
   if config.train_text not in ("joint", "frozen"):
     raise ValueError(f"train_text={config.train_text!r}; use 'joint' or 'frozen'")
   for name in ("dtype", "export_dtype"):
@@ -235,6 +242,8 @@ def check(
       f"data.chunks={config.data.chunks} must be at least "
       f"view.window={config.view.window}"
     )
+  if config.data.height and config.data.width:
+    request.check_picture(config.data.height, config.data.width, config.data.fps or 24)
   counts = "steps", "batch_size", "accumulate"
   for name in (*counts, "log_every", "checkpoint_every", "stop_every"):
     if config[name] < 1:
@@ -242,7 +251,7 @@ def check(
   balanced.check(
     config.view.window * config.data.frames_per_chunk,
     config.data.frames_per_chunk,
-    dit_config.heads,
+    dit.size(config.size).heads,
     config.sequence_devices,
     config.sp_layout,
   )
@@ -253,34 +262,100 @@ def check(
     )
   loss_settings(config).flow.check(config.view.window * config.data.frames_per_chunk)
   remat.check(config.remat)
-  several = config.devices * config.sequence_devices > 1
-  network = store.abstract_network("dit", dit_config)
-  adapter = train_lora.LoraSettings(**config.lora)
-  if adapter.rank:
-    source = train_lora.find_base(adapter, config.init, config.dit)
-    network = networks.abstract(source, config.dtype)
-    if config.train_text != "frozen":
-      raise ValueError(
-        f"lora.rank={adapter.rank} trains the adapter alone, so "
-        f"train_text={config.train_text!r} cannot be; set train_text='frozen'"
-      )
-    if several:
-      raise ValueError(
-        f"lora.rank={adapter.rank} needs devices=1 and sequence_devices=1: its base is "
-        "not spread over devices"
-      )
   quantise = training_settings(config)
-  if quantise and several:
+  if config.tensorboard and not importlib.util.find_spec("tensorboardX"):
     raise ValueError(
-      f"quantise.mode={config.quantise.mode!r} needs devices=1 and sequence_devices=1: "
-      "its scales would depend on how many devices share the tokens"
+      "tensorboard=True needs the package tensorboardX: pip install -e '.[tensorboard]'"
     )
+  check_evaluation(config)
+  choice = networks.pick(networks.Choice, config) | {"steps": config.sampling.steps}
+  sources = networks.find_all(networks.Choice(**choice))
+  if sources.vae.path is None:
+    raise ValueError(
+      "the VAE has random weights, whose latents mean nothing; set vae_weights, or "
+      "train one with launch/train_vae.py"
+    )
+  check_adapter(config, sources)
   if quantise:  # finds layers that are not there or do not fit, without building any
     prepare = functools.partial(
-      prepare_training, patterns=config.quantise.layers, settings=quantise
+      training.prepare_training, patterns=config.quantise.layers, settings=quantise
     )
+    network = networks.abstract(sources.dit, config.dtype)
     jax.eval_shape(prepare, network, key=jax.random.key(0))
-  return dit_config, text_config
+  return sources
+
+
+def check_adapter(config: ml_collections.ConfigDict, sources: networks.Sources) -> None:
+  """Raises ValueError for an adapter that does not fit its base, or a base to train."""
+  settings = train_lora.LoraSettings(**config.lora)
+  if not settings.rank:
+    if config.precision:
+      raise ValueError(
+        f"precision={config.precision!r} is for the base of an adapter; set lora.rank, "
+        "or quantise.mode to train in low precision"
+      )
+    for source in sources.dit, sources.text:
+      start.check_trainable(source)
+    return
+  if None in (sources.dit.path, sources.text.path):
+    raise ValueError(
+      f"lora.rank={settings.rank} needs networks to start from; set weights to a "
+      "folder with dit, text and tokenizer.json"
+    )
+  if config.train_text != "frozen":
+    raise ValueError(
+      f"lora.rank={settings.rank} trains the adapter alone, so "
+      f"train_text={config.train_text!r} cannot be; set train_text='frozen'"
+    )
+  train_lora.check_layers(networks.abstract(sources.dit, config.dtype), settings)
+
+
+def check_evaluation(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for videos that cannot be made."""
+  settings = EvalSettings(**config.eval)
+  if not settings.every:
+    return
+  sampling_of(config)
+  if config.flow.conditioning_frames > 1:
+    raise ValueError(
+      f"flow.conditioning_frames={config.flow.conditioning_frames} must be at most 1 "
+      "for evaluation, whose videos start from an image; set eval.every=0"
+    )
+  task = find_task(settings, from_image=bool(config.flow.conditioning_frames))
+  if config.data.height:
+    task.check_picture(config.data.height, config.data.width)
+
+
+def sampling_of(config: ml_collections.ConfigDict) -> Sampling:
+  """How videos are sampled for evaluation."""
+  return Sampling(config.data.frames_per_chunk, **config.sampling)
+
+
+def make_evaluation(
+  config: ml_collections.ConfigDict,
+  video_vae: VideoVAE,
+  tokenizer: Tokenizer,
+  frame_shape: tuple[int, ...],
+) -> Evaluation:
+  """Videos as large as the clips, whose latents are `frame_shape`."""
+  settings = EvalSettings(**config.eval)
+  task = find_task(settings, from_image=bool(config.flow.conditioning_frames))
+  y, x, _ = frame_shape
+  height, width = (n * video_vae.config.spatial_factor for n in (y, x))
+  task.check_picture(height, width)
+  images = task.first_frames(height, width)
+  return Evaluation(
+    task,
+    settings,
+    sampling_of(config),
+    video_vae,
+    tokenizer,
+    Path(config.workdir) / "eval",
+    None if images is None else encode_images(video_vae, images),
+    (y, x),
+    fps=config.data.fps or 24,
+    decode_frames=config.decode_frames,
+  )
 
 
 def chunking_of(config: ml_collections.ConfigDict) -> Chunking:
@@ -289,14 +364,18 @@ def chunking_of(config: ml_collections.ConfigDict) -> Chunking:
   return Chunking(**{name: config.data[name] for name in names})
 
 
-def training_settings(config: ml_collections.ConfigDict) -> TrainingSettings | None:
+def training_settings(
+  config: ml_collections.ConfigDict,
+) -> TrainingSettings | FP8TrainingSettings | None:
   """How products with weights are quantised; None if they are not."""
   mode = config.quantise.mode
-  if mode not in ("", "nvfp4"):
-    raise ValueError(f"quantise.mode={mode!r} is unknown; use '' or 'nvfp4'")
-  names = [field.name for field in dataclasses.fields(TrainingSettings)]
-  settings = TrainingSettings(**{name: config.quantise[name] for name in names})
-  return settings if mode else None
+  if not mode:
+    return None
+  if mode not in training.MODES:
+    known = ", ".join(map(repr, training.MODES))
+    raise ValueError(f"quantise.mode={mode!r} is unknown; use '', {known}")
+  kind = training.MODES[mode]
+  return kind(**networks.pick(kind, config.quantise))
 
 
 def loss_settings(config: ml_collections.ConfigDict) -> train_step.LossSettings:
@@ -314,48 +393,51 @@ def loss_settings(config: ml_collections.ConfigDict) -> train_step.LossSettings:
 
 def make_tokenizer(
   config: ml_collections.ConfigDict,
-  text_config: umt5.UMT5Config,
-  source: ClipSource,
+  sources: networks.Sources,
+  clips: ClipSource,
   workdir: Path,
 ) -> Tokenizer:
-  """The given tokenizer, or one learned from the captions and kept in workdir."""
-  path = Path(config.tokenizer or workdir / "tokenizer.json")
-  if not config.tokenizer and config.init:
-    path = Path(config.init) / "tokenizer.json"
-  elif not config.tokenizer and not path.exists():
-    captions = [c for clip in source for c in captions_of(clip)]
-    train_toy_tokenizer([SCENE_CUT_PREFIX, *captions], path, text_config.vocab_size)
-  tokenizer = Tokenizer(path, text_config.text_len)
+  """The text encoder's; of a random one the given one, or one learned from captions."""
+  text_config, tokenizer = sources.text.config, sources.tokenizer
+  if tokenizer is None:
+    path = Path(config.tokenizer or workdir / "tokenizer.json")
+    if not config.tokenizer and not path.exists():
+      captions = [c for clip in clips for c in captions_of(clip)]
+      train_toy_tokenizer([SCENE_CUT_PREFIX, *captions], path, text_config.vocab_size)
+    tokenizer = Tokenizer(path, text_config.text_len)
   if tokenizer.vocab_size > text_config.vocab_size:
     raise ValueError(
-      f"tokenizer={str(path)!r} has {tokenizer.vocab_size} tokens, more than the "
-      f"{text_config.vocab_size} of text={config.text!r}; use a matching pair"
+      f"tokenizer={str(tokenizer.path)!r} has {tokenizer.vocab_size} tokens, more than "
+      f"the {text_config.vocab_size} of text={config.text!r}; use a matching pair"
     )
   return tokenizer
 
 
-def init_params(
-  config: ml_collections.ConfigDict,
-  dit_config: dit.WanConfig,
-  text_config: umt5.UMT5Config,
-) -> dict[str, nnx.Module]:
-  """Both networks, random in float32 or as they are in `config.init`."""
-  if config.init:
-    folder = Path(config.init)
-    return {
-      "dit": store.load_dit(folder / "dit"),
-      "text": store.load_umt5(folder / "text"),
+def start_networks(
+  config: ml_collections.ConfigDict, sources: networks.Sources, mesh: Mesh | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What is trained, in float32, and what it stands on and does not change."""
+  dit_key, text_key = jax.random.split(jax.random.key(config.seed))
+  if config.lora.rank:
+    settings = train_lora.LoraSettings(**config.lora)
+    base = {
+      "dit": start.load(sources.dit, mesh, dit_key, config.dtype),
+      "text": start.load(sources.text, mesh, text_key, config.dtype),
     }
+    key = jax.random.key(config.seed)
+    return {"lora": train_lora.init_lora(base["dit"], settings, key)}, base
+  params = {"dit": start.load(sources.dit, mesh, dit_key, "float32")}
+  if config.train_text == "frozen":  # no gradient, average or moments of it
+    return params, {"text": start.load(sources.text, mesh, text_key)}
+  return params | {"text": start.load(sources.text, mesh, text_key, "float32")}, {}
 
-  @jax.jit  # one program instead of one for every shape
-  def init(key):
-    dit_key, text_key = jax.random.split(key)
-    return {
-      "dit": dit.CausalDiT(dit_config, rngs=nnx.Rngs(dit_key)),
-      "text": umt5.UMT5Encoder(text_config, rngs=nnx.Rngs(text_key)),
-    }
 
-  return init(jax.random.key(config.seed))
+def base_folder(config: ml_collections.ConfigDict, sources: networks.Sources) -> str:
+  """What a checkpoint stands on, and does not hold; '' if it holds everything."""
+  if config.lora.rank:
+    return str(sources.dit.path)
+  frozen = config.train_text == "frozen" and sources.text.path is not None
+  return str(sources.text.path) if frozen else ""
 
 
 def export(

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from longlive_jax.checkpoint import store
 from longlive_jax.data.clip import Chunking
-from longlive_jax.data.clips import ClipSource, clip_source, load_clips, stack
+from longlive_jax.data.clips import ClipSource, load_clips, stack, video_source
 from longlive_jax.models.vae import VAE_SIZES, VAEConfig, VideoVAE
 from longlive_jax.programs import keep_programs
 from longlive_jax.train import loop
@@ -160,10 +160,10 @@ def read_videos(config: ml_collections.ConfigDict) -> np.ndarray:
   """The first clips of the folder, uint8 (n, t, h, w, 3).
 
   Raises:
-    ValueError: too few of them can be read.
+    ValueError: too few of them can be read, or they are latents.
   """
   data = config.data
-  source = clip_source(data.folder, height=data.height, width=data.width)
+  source = video_source(data.folder, height=data.height, width=data.width)
   source = ClipSource(source[: data.clips])
   chunking = Chunking(data.frames_per_chunk, data.chunks)
   clips = load_clips(source, chunking, threads=data.threads)

@@ -49,7 +49,7 @@ def test_true_frames_score_one_and_a_still_does_not():
     frames = np.split(toy_world.render(scene), [29])
     found.append([detectors.detect(shot) for shot in frames])
   pixels = detectors.motion_amount(itertools.chain(*found))
-  row = study.scores(scenes, found, pixels)
+  row = study.shot_scores(scenes, found, pixels)
   assert set(row.values()) == {1.0}
   minute = study.minute_scores(scenes, found)
   assert minute["minute: all four"] == minute["minute: subject kept"] == 1
@@ -57,7 +57,7 @@ def test_true_frames_score_one_and_a_still_does_not():
   still = [
     [dataclasses.replace(d, path=0 * d.path + 3) for d in shots] for shots in found
   ]
-  row = study.scores(scenes, still, pixels)
+  row = study.shot_scores(scenes, still, pixels)
   assert row["motion amount"] == 0 and row["shape"] == 1
   assert "| 4 steps | 100.0% | 0.500 |" in study.table(
     {"4 steps": {"shape": 1.0, "motion amount": 0.5}}

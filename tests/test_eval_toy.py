@@ -11,6 +11,7 @@ from random_weights import fill
 from configs import generate as generate_config
 from longlive_jax.checkpoint import store
 from longlive_jax.data import toy_world
+from longlive_jax.data.scores import PIXELS, scene_prompts
 from longlive_jax.models import dit, umt5, vae
 from longlive_jax.models.text import Tokenizer, train_toy_tokenizer
 from tools import eval_toy
@@ -48,14 +49,14 @@ def test_true_frames_score_one():
   scores = run("single", chunk_frames)
   assert scores.pop("drift") == 0
   # 24 pixels to and fro in 48 frames is 2 a frame; around in a circle, 3.1.
-  assert 1.9 < scores.pop(eval_toy.PIXELS) < 3.2
+  assert 1.9 < scores.pop(PIXELS) < 3.2
   assert set(scores) == {"shape", "colour", "background", "motion", "all four"}
   assert set(scores.values()) == {1.0}
   scores = run("shots", chunk_frames, videos=2)
-  assert scores.pop(eval_toy.PIXELS) > 1.9
+  assert scores.pop(PIXELS) > 1.9
   assert set(scores.values()) == {1.0}
   scores = run("minute", chunk_frames, videos=1)
-  assert scores.pop("drift") == 0 and scores.pop(eval_toy.PIXELS) > 1.9
+  assert scores.pop("drift") == 0 and scores.pop(PIXELS) > 1.9
   assert set(scores.values()) == {1.0}
 
 
@@ -80,7 +81,7 @@ def test_sampling_follows_the_config_and_sinks_can_be_off():
 
 def test_networks_generate_what_can_be_scored(tmp_path):
   scenes = [toy_world.heldout_scene(i, (1, 1)) for i in range(2)]
-  prompts = [p for scene in scenes for p in eval_toy.scene_prompts(scene)]
+  prompts = [p for scene in scenes for p in scene_prompts(scene)]
   train_toy_tokenizer(prompts, tmp_path / "tokenizer.json", 256)
   text_config = umt5.UMT5_SIZES["test"]
   dit_config = dataclasses.replace(dit.SIZES["test"], text_dim=text_config.dim)

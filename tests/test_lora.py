@@ -300,18 +300,3 @@ def test_a_run_loads_what_it_compiled_for(folder, precision):
 def test_adapters_that_cannot_be_used(folder, given, message):
   with pytest.raises(ValueError, match=message):
     adapters.find(f"{folder}/{given}", dit.SIZES["test"])
-
-
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    (dict(rank=-1), "lora.rank=-1 must not be negative"),
-    (dict(rank=2, layers=("blocks/*/z",)), r"lora.layers .*z'\] matches no linear"),
-    (dict(rank=2, precision="w2"), "precision='w2' is unknown"),
-  ],
-)
-def test_settings_that_cannot_be_trained(folder, changes, message):
-  with pytest.raises(ValueError, match=message):
-    train_lora.find_base(LoraSettings(**changes), str(folder), "test")
-  with pytest.raises(ValueError, match=r"lora.rank=2 needs a transformer .* set init"):
-    train_lora.find_base(LoraSettings(rank=2), "", "test")

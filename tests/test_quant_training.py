@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_weights import fill, normal, random_dit
+from random_weights import fill, normal, random_dit, random_vae
 
 from longlive_jax.checkpoint import store
 from longlive_jax.layers import linear
-from longlive_jax.quant import nvfp4, training, weights
-from longlive_jax.quant.training import TrainingSettings, TrainingWeight
+from longlive_jax.models import dit, umt5
+from longlive_jax.quant import fp8, nvfp4, training, weights
+from longlive_jax.quant.training import (
+  FP8TrainingSettings,
+  FP8TrainingWeight,
+  TrainingSettings,
+  TrainingWeight,
+)
 from longlive_jax.train import step
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +138,42 @@ def test_without_noise_the_key_does_not_matter():
     np.testing.assert_array_equal(one, two)
 
 
+# ------------------------------------------------------------------ FP8
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_fp8_the_forward_pass_alone_is_quantised(dtype):
+  x, outer = (jnp.asarray(normal(3, 7, n, seed=n), dtype) for n in (32, 48))
+  weight = jnp.asarray(normal(48, 32, seed=1), dtype)
+  # A scale a row: large rows do not drown small ones.
+  x, weight = (a * jnp.asarray(2.0 ** (jnp.arange(a.shape[-2]) - 3), dtype)[:, None]
+               for a in (x, weight))  # fmt: skip
+
+  @jax.jit
+  def run(x, weight):
+    y, backward = jax.vjp(
+      lambda x, w: linear.matmul(x, FP8TrainingWeight(w)), x, weight
+    )
+    return y, *backward(outer)
+
+  def numbers(a):
+    return np.asarray(fp8.dequantise(fp8.quantise(a)), np.float64)
+
+  float64 = functools.partial(np.asarray, dtype=np.float64)
+  rows = numbers(x).reshape(21, 32)
+  wanted = (
+    (numbers(x) @ numbers(weight).T, x),
+    (float64(outer) @ float64(weight), x),
+    (float64(outer).reshape(21, 48).T @ rows, weight),
+  )
+  step = 2.0**-22 if dtype == "float32" else 2.0**-7
+  for found, (want, like) in zip(run(x, weight), wanted, strict=True):
+    assert found.dtype == like.dtype and found.shape == want.shape
+    # Of sums, whose terms may cancel.
+    np.testing.assert_allclose(
+      float64(found), want, rtol=step, atol=step * np.abs(want).max()
+    )
+  assert np.abs(float64(run(x, weight)[0]) - float64(x) @ float64(weight).T).max() > 0
+
+
 # ------------------------------------------------------------------ networks
 def test_stacked_layers_scanned_and_recomputed():
   """Gradients are those of plain float leaves, with noise of their own a layer."""
@@ -219,15 +261,20 @@ def quantised_config(**changes):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"mode": "fp8"}, "quantise.mode='fp8' is unknown; use '' or 'nvfp4'"),
+    ({"mode": "int8"}, "quantise.mode='int8' is unknown; use '', 'nvfp4', 'fp8'"),
     ({"gradient": "best"}, "rule='best' is unknown; use static_6"),
     ({"layers": ("blocks/*", "heads")}, r"\['heads'\] matches no linear layer"),
     ({"layers": ("text_embedding/fc1",)}, "text_embedding/fc1 has 24 inputs"),
   ],
 )
-def test_the_script_refuses_settings_before_anything_is_built(changes, message):
+def test_the_script_refuses_settings_before_anything_is_built(
+  changes, message, tmp_path
+):
+  store.save_network(tmp_path / "vae", random_vae())
+  config = quantised_config(**changes)
+  config.vae_weights = str(tmp_path / "vae")
   with pytest.raises(ValueError, match=message):
-    script.check(quantised_config(**changes))
+    script.check(config)
 
 
 def test_the_script_quantises_nothing_unless_told():
@@ -236,18 +283,20 @@ def test_the_script_quantises_nothing_unless_told():
   assert tuple(config.quantise.layers) == weights.BLOCK_LINEARS
   config.quantise.mode = "nvfp4"
   assert script.training_settings(config) == TrainingSettings()
+  config.quantise.mode = "fp8"
+  assert script.training_settings(config) == FP8TrainingSettings()
 
 
-@pytest.mark.parametrize("mode", ["", "nvfp4"])
+@pytest.mark.parametrize("mode", ["", "nvfp4", "fp8"])
 def test_the_script_trains_in_the_precision_it_is_told(mode):
   """Traced only: compiling it takes longer than all other tests here."""
   config = quantised_config(mode=mode)
   config.dtype = "bfloat16"
-  dit_config, text_config = script.check(config)
+  dit_config = dit.SIZES["test"]
   loss_fn = step.make_loss(dit_config, script.loss_settings(config))
   params = {
     "dit": store.abstract_network("dit", dit_config),
-    "text": store.abstract_network("umt5", text_config),
+    "text": store.abstract_network("umt5", umt5.UMT5_SIZES["test"]),
   }
   batch = {
     "latents": jnp.zeros((2, 8, 2, 2, 8)),

@@ -20,7 +20,10 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 
 # Where the name on PyPI is not the name that is imported.
-MODULES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}
+MODULES = {
+  "absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL",
+  "tensorboardx": "tensorboardX",
+}  # fmt: skip
 # Required before this code imports them; requirements.txt says why.
 BELOW_OTHERS = {"tensorstore"}
 
@@ -174,9 +177,11 @@ def test_imports_are_required():
   known = modules | own | set(sys.stdlib_module_names)
   package = imported("longlive_jax", "launch", "configs") - known
   serving = set(requirements(EXTRAS["serve"]))
-  assert package <= {"torch"} | serving, "an import that requirements.txt lacks"
+  optional = {"torch", "tensorboardX"} | serving
+  assert package <= optional, "an import that requirements.txt lacks"
   assert imported("tools") - known <= {"torch", "matplotlib"} | serving
-  extras = requirements([line for lines in EXTRAS.values() for line in lines])
+  found = requirements([line for lines in EXTRAS.values() for line in lines])
+  extras = {MODULES.get(name, name) for name in found}
   tested = imported("tests") - known
   helpers = {"tests", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
   assert tested <= {*extras, *helpers}, "an import that the test extra lacks"

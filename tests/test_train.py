@@ -93,7 +93,7 @@ def make_config(folder, workdir, **changes):
   config = get_config("test")
   config.data.folder = str(folder / "data")
   config.data.latents = str(folder / "latents")
-  config.vae = str(folder / "vae")
+  config.vae_weights = str(folder / "vae")
   config.workdir = str(workdir)
   config.update_from_flattened_dict(changes)
   return config
@@ -295,10 +295,10 @@ def test_dropped_captions_are_the_empty_prompt(folder, straight):
 def tiny_problem(dtype="float32"):
   config = get_config("test")
   config.dtype = dtype
-  dit_config, text_config = script.check(config)
+  dit_config = dit.SIZES["test"]
   params = {
     "dit": random_network("dit", dit_config, 0),
-    "text": random_network("umt5", text_config, 1),
+    "text": random_network("umt5", umt5.UMT5_SIZES["test"], 1),
   }
   rng = np.random.default_rng(0)
   batch = {
@@ -455,8 +455,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 def test_bad_settings_are_refused_before_anything_is_read(tmp_path, folder):
   cases = {
-    "dit": ("huge", "huge"),
-    "text": ("toy", "width"),
+    "size": ("huge", "huge"),
+    "text": ("toy", "text_dim=24, the text encoder 128"),
+    "precision": ("w4a16", "precision='w4a16' is for the base of an adapter"),
+    "weights": ("none", "dit weights=none/dit cannot be used: no checkpoint"),
+    "vae_weights": ("none", "vae weights=none cannot be used: no checkpoint"),
     "dtype": ("fp8", "bfloat16"),
     "train_text": ("maybe", "joint"),
     "batch_size": (0, "batch_size=0"),
@@ -472,11 +475,12 @@ def test_bad_settings_are_refused_before_anything_is_read(tmp_path, folder):
     config = make_config(folder, tmp_path / "out", **{field: value})
     with pytest.raises(ValueError, match=message):
       script.train(config)
-  config = make_config(folder, tmp_path / "out", vae=str(tmp_path / "none"))
-  with pytest.raises(FileNotFoundError, match="none"):
-    script.train(config)
-  with pytest.raises(ValueError, match="toy, test"):
-    get_config("large")
+  for arg, message in (
+    ("large", "config='large' is unknown; choose from toy, ti2v-5b, test"),
+    ("toy,fast", "config option='fast' is unknown; use i2v, lora"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      get_config(arg)
 
 
 def test_metrics_are_drawn(straight, tmp_path, capsys):
@@ -498,8 +502,8 @@ def test_sizes_used_here_fit_together():
 # ---------------------------------------------------------------------- an adapter
 def test_an_adapter_on_four_bits_is_trained_saved_and_exported_alone(folder, straight):
   adapted = {
-    "init": str(straight / "model"), "train_text": "frozen", "lora.rank": 2,
-    "lora.layers": ("blocks/self_attn/*",), "lora.precision": "w4a16",
+    "weights": str(straight / "model"), "train_text": "frozen", "lora.rank": 2,
+    "lora.layers": ("blocks/self_attn/*",), "precision": "w4a16",
     "checkpoint_every": 4,
   }  # fmt: skip
   workdir = folder / "adapter"
@@ -521,7 +525,7 @@ def test_an_adapter_on_four_bits_is_trained_saved_and_exported_alone(folder, str
   script.train(make_config(folder, workdir, **adapted))
   assert losses(workdir) == before
   moved = shutil.copytree(straight / "model", folder / "moved")
-  changed = make_config(folder, workdir, **{**adapted, "init": str(moved)})
+  changed = make_config(folder, workdir, **{**adapted, "weights": str(moved)})
   with pytest.raises(ValueError, match=r"was trained on the base .* give that one"):
     script.train(changed)
 
@@ -529,18 +533,24 @@ def test_an_adapter_on_four_bits_is_trained_saved_and_exported_alone(folder, str
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"lora.rank": 2}, "lora.rank=2 needs a transformer .* set init"),
-    ({"lora.rank": 2, "init": "model"}, "train_text='joint' cannot be; set"),
+    ({"lora.rank": 2}, "lora.rank=2 needs networks to start from; set weights"),
+    ({"lora.rank": 2, "weights": "model"}, "train_text='joint' cannot be; set"),
     ({"lora.rank": -2}, "lora.rank=-2 must not be negative"),
     (
-      {"lora.rank": 2, "init": "model", "train_text": "frozen",
-       "lora.precision": "w4a16", "quantise.mode": "nvfp4"},
+      {"lora.rank": 2, "weights": "model", "train_text": "frozen",
+       "precision": "w4a16", "quantise.mode": "nvfp4"},
       "is quantised already",
     ),
+    (
+      {"lora.rank": 2, "weights": "model", "train_text": "frozen",
+       "lora.layers": ("blocks/*/z",)},
+      r"lora.layers .*z'\] matches no linear",
+    ),
+    ({"weights": "model", "precision": "w2"}, "precision='w2' is unknown"),
   ],
 )  # fmt: skip
 def test_adapters_that_cannot_be_trained(folder, straight, changes, message):
-  if "init" in changes:
-    changes = {**changes, "init": str(straight / "model")}
+  if "weights" in changes:
+    changes = {**changes, "weights": str(straight / "model")}
   with pytest.raises(ValueError, match=message):
     script.check(make_config(folder, "unused", **changes))

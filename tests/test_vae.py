@@ -11,6 +11,7 @@ from flax import nnx
 
 from configs.train_vae import get_config
 from launch import train_vae as launch
+from longlive_jax.data.clip import save_latents
 from longlive_jax.models import pixels, vae, vae_blocks
 from longlive_jax.train import vae as train_vae
 from longlive_jax.train.state import OptimizerSettings, init_state, make_optimizer
@@ -459,6 +460,15 @@ def test_window_batch_depends_on_the_step_only():
   np.testing.assert_array_equal(first, again)
   assert first.shape == (4, 5, 1, 1, 1) and not np.array_equal(first, other)
   assert (np.diff(first[..., 0, 0, 0].astype(int), axis=1) == 1).all()
+
+
+def test_launch_refuses_latents(tmp_path):
+  (tmp_path / "latents").mkdir()
+  save_latents(tmp_path / "latents" / "x.npz", np.zeros((8, 2, 2, 8)), ["a"])
+  config = get_config("test")
+  config.data.folder = str(tmp_path)
+  with pytest.raises(ValueError, match="holds latents; give the folder of videos"):
+    launch.read_videos(config)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,7 @@ from longlive_jax.layers import remat as remats
 from longlive_jax.models import dit, vae
 from longlive_jax.parallel import balanced, costs, halo, hardware
 from longlive_jax.parallel import mesh as meshes
-from longlive_jax.quant import weights
-from longlive_jax.quant.training import TrainingSettings
+from longlive_jax.quant import training, weights
 from longlive_jax.train import flow, step
 from longlive_jax.train import state as train_state
 
@@ -81,7 +80,7 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "Of computation.", flag_values=_FLAGS
 )
 _PRECISIONS = flags.DEFINE_list(
-  "precisions", [""], "'' or nvfp4 (simulated; one device).", flag_values=_FLAGS
+  "precisions", [""], "'', nvfp4 (simulated), fp8.", flag_values=_FLAGS
 )
 _LAYOUTS = flags.DEFINE_list(
   "layouts", ["none"], "none, plain, balanced.", flag_values=_FLAGS
@@ -137,7 +136,7 @@ def cases(config: dit.WanConfig) -> Iterator[Case]:
   """
   devices = _DEVICES.value or jax.device_count()
   for name, given, known in (
-    ("precisions", _PRECISIONS.value, ("", "nvfp4")),
+    ("precisions", _PRECISIONS.value, ("", *training.MODES)),
     ("layouts", _LAYOUTS.value, ("none", *balanced.LAYOUTS)),
     ("remat", _REMAT.value, remats.NAMES),
     ("encode", _ENCODE.value, ("", "whole", "spans")),
@@ -145,8 +144,6 @@ def cases(config: dit.WanConfig) -> Iterator[Case]:
     for value in given:
       if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; use {', '.join(known)}")
-  if "nvfp4" in _PRECISIONS.value and devices > 1:
-    raise ValueError(f"precisions=nvfp4 needs devices=1, not {devices}")
   for seconds, precision, layout, remat, layers, encode in itertools.product(
     map(float, _SECONDS.value), _PRECISIONS.value, _LAYOUTS.value, _REMAT.value,
     map(int, _LAYERS.value or [config.layers]), _ENCODE.value,
@@ -196,7 +193,7 @@ def prepare(
     dtype=_DTYPE.value,
     sp_layout="balanced" if case.layout == "none" else case.layout,
     remat=case.remat,
-    quantise=TrainingSettings() if case.precision else None,
+    quantise=training.MODES[case.precision]() if case.precision else None,
     quantised_layers=weights.BLOCK_LINEARS,
   )
   settings = step.StepSettings(train_state.OptimizerSettings(steps=1000, warmup=1))

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 
 from longlive_jax.checkpoint import store
 from longlive_jax.data.clip import LATENTS_SUFFIX, Chunking, save_latents
-from longlive_jax.data.clips import ClipSource, clip_source, load_clips
+from longlive_jax.data.clips import ClipSource, load_clips, video_source
 from longlive_jax.models.text import fingerprint
 from longlive_jax.train.latents import encode_video
 
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     if not value.value:
       raise app.UsageError(f"--{name} is missing")
   size = {"height": _HEIGHT.value, "width": _WIDTH.value, "fps": _FPS.value}
-  source = clip_source(_DATA.value, **size)
+  source = video_source(_DATA.value, **size)
   chunking = Chunking(
     _CHUNK.value,
     chunks_per_shot=_PER_SHOT.value,

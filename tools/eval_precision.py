@@ -36,6 +36,7 @@ from ml_collections import config_flags
 
 from longlive_jax.data import detectors, toy_world
 from longlive_jax.data.detectors import Detection
+from longlive_jax.data.scores import score_all_shots, score_identity
 from longlive_jax.data.toy_world import Scene
 from longlive_jax.generate import precision, report
 from longlive_jax.generate.precision import Precision
@@ -324,8 +325,8 @@ def scores(
   scenes: Sequence[Scene], outcome: Outcome, baseline: Outcome
 ) -> dict[str, float]:
   """The table's row of a variant."""
-  row = eval_toy.score_all_shots(scenes, outcome.found)
-  row["subject kept"] = eval_toy.score_identity(outcome.found)["subject kept"]
+  row = score_all_shots(scenes, outcome.found)
+  row["subject kept"] = score_identity(outcome.found)["subject kept"]
   moved, before = (
     detectors.motion_amount(itertools.chain(*each.found))
     for each in (outcome, baseline)

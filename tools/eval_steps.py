@@ -37,7 +37,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from longlive_jax.data import detectors, toy_world
+from longlive_jax.data import detectors, scores, toy_world
 from longlive_jax.data.detectors import Detection
 from longlive_jax.data.toy_world import Scene
 from longlive_jax.generate import networks, report
@@ -125,14 +125,14 @@ def chosen_variants(
   return {name: known[name] for name in (TEACHER, *fits)}
 
 
-def scores(
+def shot_scores(
   shots: Sequence[Scene], found: Sequence[Sequence[Detection]], pixels: float
 ) -> dict[str, float]:
   """Of the videos of four shots; `pixels` is how far the teacher's subjects move."""
   moved = detectors.motion_amount(itertools.chain(*found))
-  kept = eval_toy.score_identity(found)["subject kept"]
+  kept = scores.score_identity(found)["subject kept"]
   return {
-    **eval_toy.score_all_shots(shots, found),
+    **scores.score_all_shots(shots, found),
     "subject kept": kept,
     "motion amount": moved / pixels,
   }
@@ -142,12 +142,10 @@ def minute_scores(
   scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
 ) -> dict[str, float]:
   """Of the videos of a minute, of which the first and the last shot were looked at."""
-  last = eval_toy.score_last_shot(scenes, found)
+  last = scores.score_last_shot(scenes, found)
   return {
     "minute: all four": last["all four"],
-    "minute: subject kept": float(
-      np.mean([detectors.same_identity(row[0], row[-1]) for row in found])
-    ),
+    "minute: subject kept": scores.score_subject(found)["subject kept"],
     "drift": last["drift"],
     "drift, first shot": float(np.mean([row[0].drift for row in found])),
   }
@@ -203,7 +201,7 @@ def main(argv: list[str]) -> None:
       )
       found = eval_toy.detect_shots(generate, shots, _BATCH.value, pool)
       pixels = pixels or detectors.motion_amount(itertools.chain(*found))
-      rows[name] = scores(shots, found, pixels)
+      rows[name] = shot_scores(shots, found, pixels)
       if minutes:
         ends = (0, len(eval_toy.MINUTE) - 1)
         found = eval_toy.detect_shots(generate, minutes, _BATCH.value, pool, ends)

@@ -29,7 +29,6 @@ The table is printed, and written with all settings to --out.
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import multiprocessing
 import os
 import time
@@ -43,7 +42,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from longlive_jax.data import detectors, toy_world
+from longlive_jax.data import detectors, scores, toy_world
 from longlive_jax.data.detectors import Detection
 from longlive_jax.data.toy_world import Scene
 from longlive_jax.generate import networks, report, storyboard
@@ -55,7 +54,6 @@ from longlive_jax.models.text import Tokenizer
 FOUR_SHOTS = (2, 2, 2, 2)  # chunks
 MINUTE = (4,) * 11 + (2,)  # 46 chunks: 1469 frames, 61 seconds
 TESTS = ("single", "shots", "minute")
-PIXELS = "motion, pixels a frame"
 
 # Flags belong to the process only when this file is the program: tests import several.
 _FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
@@ -137,15 +135,6 @@ def sampling_of(config: ml_collections.ConfigDict, *, sinks: bool) -> Sampling:
   return Sampling(**settings)
 
 
-def scene_prompts(scene: Scene) -> list[str]:
-  """One prompt per chunk of a scene, cuts marked by the prefix."""
-  return storyboard.spread_shots(
-    [shot.caption for shot in scene.shots],
-    scene.chunks,
-    durations=[shot.chunks for shot in scene.shots],
-  )
-
-
 @jax.jit
 def _embed(encoder: umt5.UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:
   return encoder(ids, mask).astype(jnp.float32)
@@ -166,7 +155,8 @@ def story_of(
   negative_prompt: str = "",
 ) -> Story:
   """The scenes (all with the same number of chunks) as one batch's story."""
-  board = storyboard.from_prompt_lists([scene_prompts(scene) for scene in scenes])
+  prompts = [scores.scene_prompts(scene) for scene in scenes]
+  board = storyboard.from_prompt_lists(prompts)
   arrays = board.arrays()
   texts = [*arrays.prompts, negative_prompt]
   # Always the same number of rows: every batch has other prompts, one program does.
@@ -280,65 +270,6 @@ def detect_shots(
   return [[future.result() for future in row] for row in futures]
 
 
-def score_last_shot(
-  scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
-) -> dict[str, float]:
-  """Shares of right attributes in the last shot (of single-shot videos, the only)."""
-  right = [
-    detectors.matches(row[-1], scene.subject, scene.shots[-1])
-    for scene, row in zip(scenes, found, strict=True)
-  ]
-  scores = {name: _share(r[name] for r in right) for name in right[0]}
-  scores["all four"] = _share(all(r.values()) for r in right)
-  scores["drift"] = float(np.mean([row[-1].drift for row in found]))
-  return scores
-
-
-def score_all_shots(
-  scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
-) -> dict[str, float]:
-  """Shares of right attributes over all shots of all scenes."""
-  right = [
-    detectors.matches(detection, scene.subject, shot)
-    for scene, row in zip(scenes, found, strict=True)
-    for shot, detection in zip(scene.shots, row, strict=True)
-  ]
-  return {name: _share(r[name] for r in right) for name in right[0]}
-
-
-def score_identity(found: Sequence[Sequence[Detection]]) -> dict[str, float]:
-  """How often every later shot shows the subject of the first one."""
-  shape, colour, both = [], [], []
-  for first, *later in found:
-    both.append(all(detectors.same_identity(first, other) for other in later))
-    seen = min(d.found for d in (first, *later)) >= 0.5
-    shape.append(seen and all(first.shape == other.shape for other in later))
-    colour.append(seen and all(first.colour == other.colour for other in later))
-  return {
-    "subject kept": _share(both),
-    "shape kept": _share(shape),
-    "colour kept": _share(colour),
-  }
-
-
-def score_later_shots(
-  scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
-) -> dict[str, float]:
-  """Shares of later shots whose background and motion are those of their caption."""
-  right = [
-    detectors.matches(detection, scene.subject, shot)
-    for scene, row in zip(scenes, found, strict=True)
-    for shot, detection in list(zip(scene.shots, row, strict=True))[1:]
-  ]
-  names = ("background", "motion")
-  return {f"later {name}": _share(r[name] for r in right) for name in names}
-
-
-def motion_of(found: Sequence[Sequence[Detection]]) -> dict[str, float]:
-  """How far subjects move a frame: a small movement can still follow the right law."""
-  return {PIXELS: detectors.motion_amount(itertools.chain(*found))}
-
-
 def evaluate(
   test: str,
   generate_batch: Generate,
@@ -350,7 +281,7 @@ def evaluate(
   seed: int,
   back_references: bool = True,
 ) -> dict[str, float]:
-  """Runs one of TESTS; its scores by name, all but drift and PIXELS from 0 to 1."""
+  """Runs one of TESTS; its scores by name."""
   batch = min(batch, videos)
   if test == "single":
     scenes = [
@@ -360,7 +291,7 @@ def evaluate(
       for scene in toy_world.heldout_prompts(videos, seed)
     ]
     found = detect_shots(generate_batch, scenes, batch, pool)
-    return score_last_shot(scenes, found) | motion_of(found)
+    return scores.score_last_shot(scenes, found) | scores.motion_of(found)
   lengths = FOUR_SHOTS if test == "shots" else MINUTE
   first = seed * 1_000_000
   scenes = [
@@ -370,15 +301,10 @@ def evaluate(
   ends = (0, len(lengths) - 1) if test == "minute" else None
   found = detect_shots(generate_batch, scenes, batch, pool, ends)
   if test == "shots":
-    scores = score_identity(found) | score_later_shots(scenes, found)
+    measured = scores.score_identity(found) | scores.score_later_shots(scenes, found)
   else:
-    kept = _share(detectors.same_identity(row[0], row[-1]) for row in found)
-    scores = score_last_shot(scenes, found) | {"subject kept": kept}
-  return scores | motion_of(found)
-
-
-def _share(values: Iterable[bool]) -> float:
-  return float(np.mean(list(values)))
+    measured = scores.score_last_shot(scenes, found) | scores.score_subject(found)
+  return measured | scores.motion_of(found)
 
 
 # ---------------------------------------------------------------- the table
@@ -398,7 +324,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def _cell(name: str, value: float) -> str:
-  return f"{value:.3f}" if name in ("drift", PIXELS) else f"{100 * value:.1f}%"
+  return f"{value:.3f}" if name in ("drift", scores.PIXELS) else f"{100 * value:.1f}%"
 
 
 def main(argv: list[str]) -> None:

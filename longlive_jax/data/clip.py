@@ -45,6 +45,11 @@ class Clip:
   width: int | None = None
   fps: float | None = None
 
+  @property
+  def encoded(self) -> bool:
+    """Whether it is latents."""
+    return self.files[0].suffix == LATENTS_SUFFIX
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
@@ -99,9 +104,8 @@ def load_clip(clip: Clip, chunking: Chunking) -> dict[str, Any]:
   Raises:
     ValueError, FileNotFoundError: unreadable or too short; names the file.
   """
-  encoded = clip.files[0].suffix == LATENTS_SUFFIX
   kind, per_chunk, missing = "frames", chunking.video_frames, 3
-  if encoded:
+  if clip.encoded:
     kind, per_chunk, missing = "latents", chunking.frames_per_chunk, 0
     rows, prompts = _load_latents(clip, chunking)
   elif len(clip.files) > 1:
@@ -136,7 +140,7 @@ def captions_of(clip: Clip) -> list[str]:
   Raises:
     ValueError: latents that cannot be read.
   """
-  if clip.files[0].suffix != LATENTS_SUFFIX:
+  if not clip.encoded:
     return read_captions(clip.captions)
   (prompts,) = _arrays(clip, "prompts")
   return [p.removeprefix(SCENE_CUT_PREFIX) for p in json.loads(str(prompts))]

@@ -11,8 +11,7 @@ or, as tools/encode_latents.py makes it of such a folder, DIR/latents/<name>.npz
   source = clip_source(DIR)                      # a sequence of Clip
   clip = load_clip(source[0], Chunking())        # dict, see data/clip.py
   clips = load_clips(source, chunking)           # all, in order, skips bad ones
-  batches = clip_batches(source, 8, Chunking(chunks=12), seed=0)  # for the DiT
-  batches = window_batches(source, 16, seed=0, frames=17)         # for the VAE
+  batches = clip_batches(source, 8, Chunking(chunks=12), seed=0)  # shuffled
   state = batches.get_state(); batches.set_state(state)           # resumes exactly
 
 Batches hold the same samples in the same order however many processes share them. A
@@ -21,7 +20,7 @@ next clip of the folder takes its place.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ import grain
 import numpy as np
 
 from longlive_jax.data.clip import LATENTS_SUFFIX, Chunking, Clip, load_clip
-from longlive_jax.data.video import read_video
 
 _log = logging.getLogger(__name__)
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -108,6 +106,21 @@ def clip_source(
   return source
 
 
+def video_source(folder: str | Path, **size: float | None) -> ClipSource:
+  """`clip_source` for what needs frames.
+
+  Raises:
+    ValueError: as there; also for a folder of latents.
+  """
+  source = clip_source(folder, **size)
+  if source[0].encoded:
+    raise ValueError(
+      f"data={str(folder)!r} holds latents; give the folder of videos that they were "
+      "made of"
+    )
+  return source
+
+
 def _videos(path: Path) -> tuple[Path, ...]:
   """A video file, or those of a folder in the order of their numbers."""
   if not path.is_dir():
@@ -115,18 +128,6 @@ def _videos(path: Path) -> tuple[Path, ...]:
   files = [file for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES]
   files.sort(key=lambda f: (int(f.stem) if f.stem.isdecimal() else -1, f.stem))
   return tuple(files)
-
-
-def load_window(clip: Clip, rng: np.random.Generator, *, frames: int) -> np.ndarray:
-  """Consecutive frames from a random place of a clip, uint8 (frames, h, w, 3)."""
-  size = {"height": clip.height, "width": clip.width, "fps": clip.fps}
-  video, _ = read_video(clip.files[0], **size)
-  if len(video) < frames:
-    raise ValueError(
-      f"video {str(clip.files[0])!r} has {len(video)} frames; {frames} are needed"
-    )
-  start = int(rng.integers(len(video) - frames + 1))
-  return video[start : start + frames]
 
 
 def load_clips(
@@ -165,60 +166,26 @@ def clip_batches(
 
   Each batch: what `load_clip` gives, of b rows, as lists or stacked.
   """
-
-  def load(clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
-    return load_clip(clip, chunking)
-
-  return _batches(source, load, batch_size, rows, seed, threads)
-
-
-def window_batches(
-  source: ClipSource,
-  batch_size: int,
-  *,
-  seed: int,
-  frames: int = 17,
-  rows: Sequence[int] | None = None,
-  threads: int = 8,
-) -> grain.DatasetIterator:
-  """Endless shuffled batches {"frames": uint8 (b, frames, h, w, 3)} from random
-  places of the clips; b rows, see `clip_batches`."""
-
-  def load(clip: Clip, rng: np.random.Generator) -> dict[str, Any]:
-    return {"frames": load_window(clip, rng, frames=frames)}
-
-  return _batches(source, load, batch_size, rows, seed, threads)
-
-
-def _batches(
-  source: ClipSource,
-  load: Callable[[Clip, np.random.Generator], dict[str, Any]],
-  batch_size: int,
-  rows: Sequence[int] | None,
-  seed: int,
-  threads: int,
-) -> grain.DatasetIterator:
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size} must be at least 1")
   rows = range(batch_size) if rows is None else rows
 
-  def load_or_next(index: int, rng: np.random.Generator) -> dict[str, Any]:
+  def load_or_next(index: int) -> dict[str, Any]:
     # The next clip takes the place of a bad one, so that every process still counts
     # the same samples.
     for step in range(len(source)):
       clip = source[(index + step) % len(source)]
       if clip.name not in source.skipped:
         try:
-          return load(clip, rng)
+          return load_clip(clip, chunking)
         except (ValueError, OSError) as error:
           source.skip(clip.name, error)
     raise ValueError(f"none of {len(source)} clips can be used: {source.skipped}")
 
   samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-  samples = samples.random_map(load_or_next)
+  samples = samples.map(load_or_next)
 
   def own(number: int) -> dict[str, Any]:
-    # By its place among all samples, which its random numbers come from, too.
     batch, row = divmod(number, len(rows))
     return samples[batch * batch_size + rows[row]]
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -21,16 +22,26 @@ import longlive_jax
 
 
 class ProgressBar:
-  """One line that is redrawn; on anything but a terminal, one line an update."""
+  """One line that is redrawn; on anything but a terminal, one line an update.
+
+  Attributes:
+    redraws: whether it is a terminal.
+  """
 
   def __init__(self, total: int, unit: str, out: TextIO = sys.stderr):
     self.total, self.unit, self.out = total, unit, out
+    self.redraws = out.isatty()
 
   def update(self, done: int, note: str = "") -> None:
     width = 24
     bar = ("#" * (width * done // self.total)).ljust(width, ".")
-    end = "\r" if self.out.isatty() and done < self.total else "\n"
-    print(f"[{bar}] {done}/{self.total} {self.unit} {note:<40}", end=end, file=self.out)
+    line = f"[{bar}] {done}/{self.total} {self.unit} {note:<40}"
+    end = "\n"
+    if self.redraws:
+      # A line that the terminal breaks in two could not be redrawn.
+      line = line[: shutil.get_terminal_size().columns - 1]
+      end = "\r" if done < self.total else "\n"
+    print(line, end=end, file=self.out)
     self.out.flush()
 
 

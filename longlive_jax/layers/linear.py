@@ -97,6 +97,11 @@ def _training(weight: training.TrainingWeight, x: Array) -> Array:
   return training.training_product(x, weight.weight, weight.key, weight.settings)
 
 
+@matmul_rule.register
+def _fp8_training(weight: training.FP8TrainingWeight, x: Array) -> Array:
+  return training.fp8_training_product(x, weight.weight)
+
+
 class Linear(nnx.Module):
   """y = x W^T + b with W (out, in) and b (out,) or None."""
 

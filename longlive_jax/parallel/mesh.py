@@ -135,6 +135,17 @@ def to_host(tree: Any) -> Any:
   return jax.device_get(jax.tree.map(whole, tree))
 
 
+def on_first_device(tree: Any) -> Any:
+  """Whole arrays, committed to each process's first device; all have to ask."""
+
+  def whole(leaf: Any) -> Any:
+    if leaf.is_fully_addressable:
+      return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.device_put(jax.tree.map(whole, tree), jax.local_devices()[0])
+
+
 def place(tree: Any, where: jax.Device | jax.sharding.Sharding) -> Any:
   """`jax.device_put`; of an abstract array it is noted where the real one will be.
 

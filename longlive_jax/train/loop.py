@@ -1,10 +1,11 @@
 """What any training script needs around its step: metrics, checkpoints, the loop."""
 
+import contextlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from longlive_jax.checkpoint import store
+from longlive_jax.generate import report
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.stopping import StopRequest
 
@@ -23,11 +25,26 @@ class MetricsLog:
 
   Metrics stay on the device until a line is written: fetching every step would stall
   the device.
+
+  Args:
+    step: what the run goes on from; lines of later steps are forgotten.
+    tensorboard: folder of event files besides; needs the package tensorboardX.
   """
 
-  def __init__(self, path: Path, step: int):
+  def __init__(self, path: Path, step: int, tensorboard: Path | None = None):
     self.path = path
     self._writes = jax.process_index() == 0
+    self._board = None
+    if tensorboard is not None and self._writes:
+      # Optional, and slow to import where torch is, which it then imports.
+      from tensorboardX import SummaryWriter
+
+      self._board = SummaryWriter(
+        str(tensorboard),
+        purge_step=step + 1,
+        flush_secs=10,
+        filename_suffix=f".{step}",  # else a second one of this second would replace it
+      )
     self._pending: list[tuple[int, dict[str, jax.Array], Sequence[str]]] = []
     self._since = (time.perf_counter(), step)
     if self._writes and path.exists():
@@ -60,9 +77,25 @@ class MetricsLog:
     if self._writes:
       with self.path.open("a") as file:
         file.write(json.dumps(line) + "\n")
+    if self._board is not None:
+      for name in line.keys() - {"step"}:
+        self._board.add_scalar(name, line[name], step)
     self.check()
     self._pending = []
     return line
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """What is done inside does not count as time of the steps."""
+    began = time.perf_counter()
+    yield
+    since, step = self._since
+    self._since = (since + time.perf_counter() - began, step)
+
+  def close(self) -> None:
+    """Ends the event file."""
+    if self._board is not None:
+      self._board.close()
 
   def check(self) -> None:
     """Looks at the losses since the last line: a state after a bad one is worthless.
@@ -167,6 +200,8 @@ def run(
   stop_every: int = 1,
   shown: Sequence[str] = ("loss",),
   clips: Callable[[], Sequence[str]] = tuple,
+  evaluate: Callable[[Any, int], dict[str, float]] | None = None,
+  evaluate_every: int = 1,
 ) -> tuple[Any, dict[str, float]]:
   """Runs the steps after `first`; Ctrl-C or SIGTERM in any process saves and ends.
 
@@ -174,8 +209,11 @@ def run(
     advance: (state, number of the step) -> (state, metrics).
     position: the state of the data iterator.
     stop_every: steps until a signal to one process is heard by all.
-    shown: metrics that are reported beside the step and the speed.
+    shown: metrics that are reported beside the step and the speed: on a terminal in
+      one line that is redrawn, else in a line of their own every `log_every` steps.
     clips: names of the clips of the step just made, for the message.
+    evaluate: (state, step) -> more metrics; at multiples of `evaluate_every` and at the
+      end.
 
   Returns:
     The last state, and the last line of metrics.
@@ -187,9 +225,21 @@ def run(
   """
   line: dict[str, float] = {}
   stop = StopRequest()
-  with stop.on_signals("step"):
+  bar, text = report.ProgressBar(steps, "steps"), ""
+  shows_bar = bar.redraws and jax.process_index() == 0
+  before: dict[str, jax.Array] = {}
+  with contextlib.closing(metrics_log), stop.on_signals("step"):
     for step in range(first + 1, steps + 1):
       state, metrics = advance(state, step)
+      if shows_bar:
+        # The step before this one: the device has work, and is not hurried ahead of.
+        jax.block_until_ready(before)
+        bar.update(step - 1, text)
+        before = dict(metrics)
+      if evaluate and (step % evaluate_every == 0 or step == steps):
+        jax.block_until_ready(metrics)
+        with metrics_log.paused():
+          metrics |= evaluate(state, step)
       metrics_log.add(step, metrics, clips())
       logs = step % log_every == 0 or step == steps
       saves = step % checkpoint_every == 0 or step == steps
@@ -209,8 +259,11 @@ def run(
         checkpoints.wait()  # the one under way, which may raise, too
         raise
       if logs:
-        report = "  ".join(f"{name} {line[name]:.4g}" for name in shown if name in line)
-        log.info("step %d  %s  %.1f steps/s", step, report, line["steps_per_second"])
+        text = _summary(line, shown, steps)
+        if shows_bar:
+          bar.update(step, text)
+        else:
+          log.info("step %d  %s", step, text)
       if saves or stopping:
         checkpoints.save(step, state, position())
       if stopping:
@@ -219,3 +272,11 @@ def run(
         break
     checkpoints.wait()
   return state, line
+
+
+def _summary(line: dict[str, float], shown: Sequence[str], steps: int) -> str:
+  """"loss 0.1234  20.1 steps/s  12 min left"."""
+  found = [f"{name} {line[name]:.4g}" for name in shown if name in line]
+  speed = line["steps_per_second"]
+  minutes = (steps - line["step"]) / speed / 60
+  return "  ".join([*found, f"{speed:.3g} steps/s", f"{minutes:.0f} min left"])

@@ -8,15 +8,12 @@ quantised, with `checkpoint.lora.attach_lora`.
 import dataclasses
 import zlib
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.checkpoint import lora, store
+from longlive_jax.checkpoint import lora
 from longlive_jax.checkpoint.lora import Lora
-from longlive_jax.generate import networks
-from longlive_jax.generate.precision import Precision
 from longlive_jax.models import dit
 from longlive_jax.quant import weights
 
@@ -29,39 +26,16 @@ class LoraSettings:
     rank: of all factors; 0 is off, the network itself is trained.
     alpha: scale before division by the rank; 0 is the rank.
     layers: patterns of layers that get one, as of `weights.quantise_weights`.
-    precision: of `weights.MODES`, of the base; '' leaves it as its checkpoint is.
   """
 
   rank: int = 0
   alpha: float = 0.0
   layers: tuple[str, ...] = weights.BLOCK_LINEARS
-  precision: str = ""
 
   def __post_init__(self):
     for name in ("rank", "alpha"):
       if getattr(self, name) < 0:
         raise ValueError(f"lora.{name}={getattr(self, name)} must not be negative")
-
-
-def find_base(settings: LoraSettings, folder: str, size: str) -> networks.Source:
-  """Finds the base and checks that it can have the adapter; reads only its record.
-
-  Args:
-    folder: with the checkpoint `dit`.
-    size: of the transformer.
-
-  Raises:
-    ValueError: no folder, or as `networks.find`; patterns that match no layer.
-  """
-  if not folder:
-    raise ValueError(
-      f"lora.rank={settings.rank} needs a transformer to start from; set init to a "
-      "folder with dit, text and tokenizer.json"
-    )
-  precision = Precision(settings.precision)
-  source = networks.find("dit", size, Path(folder) / "dit", precision=precision)
-  check_layers(networks.abstract(source, "float32"), settings)
-  return source
 
 
 def check_layers(network: dit.CausalDiT, settings: LoraSettings) -> None:
@@ -97,28 +71,11 @@ def init_lora(network: dit.CausalDiT, settings: LoraSettings, key: jax.Array) ->
   return Lora(factors, settings.rank, float(settings.alpha or settings.rank))
 
 
-def start(
-  settings: LoraSettings, folder: str, size: str, dtype: str, seed: int
-) -> tuple[dict[str, Lora], dict[str, Any]]:
-  """What is trained, and what it is trained on: the networks of a folder.
-
-  Args:
-    folder, size: as `find_base`.
-    dtype: of the computation, and of the base's plain weights.
-
-  Returns:
-    {"lora": adapter} in float32, and {"dit": ..., "text": ...}.
-  """
-  network = networks.load(find_base(settings, folder, size), dtype)
-  base = {"dit": network, "text": store.load_umt5(Path(folder) / "text", dtype)}
-  return {"lora": init_lora(network, settings, jax.random.key(seed))}, base
-
-
 def export(params: dict[str, Lora], folder: Path, source: str, base: str) -> None:
   """Writes an adapter twice: `folder/lora` for us, `folder/peft` for PEFT.
 
   Args:
-    params: as `start` gave them.
+    params: {"lora": adapter}.
     source: what made it.
     base: the folder of the networks that it was trained on.
   """

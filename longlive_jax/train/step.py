@@ -21,7 +21,11 @@ from longlive_jax.checkpoint.lora import attach_lora
 from longlive_jax.models import dit, umt5
 from longlive_jax.parallel import balanced, sharded_weights
 from longlive_jax.parallel import mesh as meshes
-from longlive_jax.quant.training import TrainingSettings, prepare_training
+from longlive_jax.quant.training import (
+  FP8TrainingSettings,
+  TrainingSettings,
+  prepare_training,
+)
 from longlive_jax.train import accumulate, flow
 from longlive_jax.train import state as train_state
 
@@ -47,7 +51,7 @@ class LossSettings:
   train_text: str = "frozen"
   sp_layout: str = "balanced"
   remat: str = "none"
-  quantise: TrainingSettings | None = None
+  quantise: TrainingSettings | FP8TrainingSettings | None = None
   quantised_layers: tuple[str, ...] = ()
 
 
@@ -81,15 +85,18 @@ def make_loss(
   features = dit.time_features(
     flow.timestep_table(settings.flow.shift), config.freq_dim
   )  # (1001, freq_dim), one row an index
+  quantise = settings.quantise
+  if quantise and mesh is not None:
+    quantise = quantise.spread(mesh.axis_names)
 
   def loss_fn(params, batch, key, errors=None, base=None):
     params = train_state.cast({**(base or {}), **params}, settings.dtype)
     transformer = params["dit"]
-    if settings.quantise:
+    if quantise:
       # Far from the numbers of a split: the draws of the loss stay what they are.
       rounding = jax.random.fold_in(key, 2**31)
       transformer = prepare_training(
-        transformer, settings.quantised_layers, settings.quantise, rounding
+        transformer, settings.quantised_layers, quantise, rounding
       )
     if "lora" in params:
       transformer = attach_lora(transformer, params["lora"])
