@@ -3,9 +3,10 @@
 Clips and captions from a folder, latents from a frozen VAE, any number of devices. The
 commands are in configs/train.py. A run that is started again with the same workdir goes
 on where its last checkpoint was, to the same losses bit for bit; on another number of
-devices with the same data, to the same losses but for rounding. Ctrl-C or SIGTERM saves
-first. At the end (and only then) `workdir/model` holds the averaged weights as
-inference checkpoints, with tokenizer.json beside them.
+devices with the same data, to the same losses but for rounding (of which that of NVFP4
+gradients is drawn anew). Ctrl-C or SIGTERM saves first. At the end (and only then)
+`workdir/model` holds the averaged weights as inference checkpoints, with tokenizer.json
+beside them, or the adapter alone.
 """
 
 import dataclasses
@@ -175,8 +176,11 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
     evaluation = make_evaluation(config, vae, tokenizer, frame_shape)
 
     def evaluate(state, step):
-      found = generating(state.ema, base, config.dtype)
-      return evaluation(*found, step) if jax.process_index() == 0 else {}
+      networks = functools.partial(generating, state.ema, base, config.dtype)
+      if jax.process_index() == 0:
+        return evaluation(networks, step)
+      networks()  # of all processes
+      return {}
 
   # ------------------------------------------------------------------ the loop
   def advance(state, step):

@@ -13,6 +13,7 @@ from flax import nnx
 from random_weights import fill, normal
 
 from longlive_jax.generate import sampler
+from longlive_jax.generate.cached_forward import cached_forward
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_cache
 from longlive_jax.models import block_scan, dit
@@ -57,7 +58,7 @@ def clean_pass(velocity: bool, kv_format: str):
 
   def write(model, cache):
     placement = kv_cache.place(cache, jnp.asarray(frames))
-    out, kept = sampler.cached_forward(
+    out, kept = cached_forward(
       model, cache, placement, normal(1, N, Y, X, CONFIG.in_channels),
       dit.time_features(np.zeros((1, N)), CONFIG.freq_dim),
       normal(1, 1, CONFIG.text_len, CONFIG.dim), temporal, keep=True, velocity=velocity,

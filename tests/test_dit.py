@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from random_weights import normal, random_dit
 
-from longlive_jax.generate import sampler
+from longlive_jax.generate.cached_forward import cached_forward
 from longlive_jax.layers import kv_cache, operand, rope
 from longlive_jax.models import dit
 
@@ -247,7 +247,7 @@ def _cached(model, cache, x, time, text, temporal):
   first = cache.frame.max(axis=1) + 1
   placement = kv_cache.place(cache, first[:, None] + jnp.arange(f, dtype=jnp.int32))
   text = model.embed_text(text)[:, None]
-  velocity, (k, v) = sampler.cached_forward(
+  velocity, (k, v) = cached_forward(
     model, cache, placement, x, time, text, temporal, keep=True
   )
   return velocity, kv_cache.commit(cache, placement, k, v)

@@ -5,6 +5,7 @@ import io
 import json
 import struct
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def toy_evaluation(tmp_path, monkeypatch):
 
 def test_scenes_are_scored(toy_evaluation):
   encoder = fill(store.abstract_network("umt5", umt5.UMT5_SIZES["test"]))
-  scores = toy_evaluation(None, encoder, 7)
+  scores = toy_evaluation(lambda: (None, encoder), 7)
   assert scores.pop("eval_drift") == 0
   names = ("shape", "colour", "background", "motion", "all_four", "subject_kept")
   assert scores == {f"eval_{name}": 1.0 for name in names}
@@ -142,8 +143,16 @@ def test_a_first_frame_of_a_scene_is_its_own():
 
 def test_what_cannot_be_written_ends_no_training(toy_evaluation, caplog):
   toy_evaluation.folder.write_text("in the way")
-  assert toy_evaluation(None, None, 7) == {}
+  assert toy_evaluation(lambda: (None, None), 7) == {}
   assert "no evaluation of step 7" in caplog.text
+
+
+def test_a_lack_of_memory_ends_no_training(toy_evaluation, caplog):
+  def networks():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  assert toy_evaluation(networks, 8) == {}
+  assert "no evaluation of step 8: RESOURCE_EXHAUSTED" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -195,7 +204,9 @@ def test_a_terminal_has_one_line_and_a_file_some(
   monkeypatch.setattr(loop.report, "ProgressBar", bar)
   with caplog.at_level("INFO"):
     state, line = run_four_steps(tmp_path)
-  assert state == 4 and line["eval_state"] == 3.5  # of steps 3 and 4
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  found = {each["step"]: each["eval_state"] for each in lines if "eval_state" in each}
+  assert state == 4 and found == {3: 3.0, 4: 4.0}
   assert line["loss"] == pytest.approx((1 / 3 + 1 / 4) / 2)
   plain = [message for message in caplog.messages if message.startswith("step ")]
   if not terminal:

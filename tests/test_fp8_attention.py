@@ -13,6 +13,7 @@ from flax import nnx
 from random_weights import normal, random_dit
 
 from longlive_jax.generate import sampler
+from longlive_jax.generate.cached_forward import cached_forward
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.kernels import launch
 from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, operand
@@ -216,7 +217,7 @@ def test_full_windows_are_attended_in_eight_bits():
 
   def forward(cache, frames, temporal, attention_format):
     placement = kv_cache.place(cache, frames)
-    velocity, kv = sampler.cached_forward(
+    velocity, kv = cached_forward(
       model, cache, placement, latents, time, text, temporal,
       attention_format=attention_format, keep=True,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 from random_weights import normal, random_dit
 
 from longlive_jax.generate import sampler, schedule
+from longlive_jax.generate.cached_forward import cached_forward
 from longlive_jax.layers import kv_cache
 from longlive_jax.models import dit
 from longlive_jax.train import self_forcing
@@ -81,7 +82,7 @@ def _unrolled(model, settings):
       clean = dit.time_features(np.zeros(()), model.config.freq_dim)
       time = np.where(chunk.known[:, :, None], clean, features[row])
       x = jnp.where(chunk.known[:, :, None, None, None], chunk.given, x)
-      velocity, kept = sampler.cached_forward(
+      velocity, kept = cached_forward(
         model, cache, placement, x, time, model.embed_text(chunk.text[:, None]),
         chunk.temporal, keep=True,
       )  # fmt: skip

@@ -264,7 +264,8 @@ def content(settings: distill.DistillSettings) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}")
   if _PROGRAMS.value:
     jax.config.update("jax_compilation_cache_dir", _PROGRAMS.value)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -64,7 +64,7 @@ _MINUTES = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer("batch", 50, "Made together.", 1, flag_values=_FLAGS)
 _SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string(
-  "out", "tools/results/eval_steps.json", "Report.", flag_values=_FLAGS
+  "out", "outputs/eval_steps.json", "Report.", flag_values=_FLAGS
 )
 
 TEACHER = "50 steps"
@@ -172,6 +172,8 @@ def main(argv: list[str]) -> None:
   out = Path(_OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
   config = _CONFIG.value
+  if config.loras:
+    raise ValueError(f"loras={config.loras}: the teacher has none; give them by --lora")
   plain = eval_toy.load_networks(config)
   first = _SEED.value * 1_000_000
   shots, minutes = (

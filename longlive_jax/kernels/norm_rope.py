@@ -152,8 +152,8 @@ def _check(x, bias, weight, cos, sin, scale, columns) -> None:
   for one, other, names in ((cos, sin, "cos, sin"), (scale, columns, "scale, columns")):
     if (one is None) != (other is None):
       raise ValueError(f"{names}: one of them is None; give both or neither")
-  pairs = 1 if cos is None else cos.shape[-1]
-  if n % (2 * pairs):
+  pairs = None if cos is None else cos.shape[-1]
+  if pairs is not None and (not pairs or n % (2 * pairs)):
     raise ValueError(f"cos.shape={cos.shape} must end in a half of a head of n={n}")
   expected = {
     "bias": (bias, (n,), x.dtype),

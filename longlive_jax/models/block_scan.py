@@ -1,5 +1,6 @@
 """The blocks of a network one after the other: run by run, a scan over each."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def _handed_out(step: Step, x: Array, inputs: Any, count: int) -> Any:
     return jax.tree.map(lambda a: a[i], inputs)
 
   def place(all_layers: Any, new: Any, i: int | Array) -> Any:
-    return jax.tree.map(lambda a, b: a.at[i].set(b), all_layers, new)
+    set_layer = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+    return jax.tree.map(set_layer, all_layers, new)
 
   def body(i: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
     x, new = step(state[0], layer(i))

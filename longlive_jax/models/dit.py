@@ -27,7 +27,7 @@ from longlive_jax.layers.remat import rematerialised
 from longlive_jax.models import block_scan
 
 Array = jax.Array
-# attend(layer state, q, k, v (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
+# attend(layer state, q and k, v (b, s, n, d)) -> (out (b, s, n, d), what to hand out)
 Attend = Callable[[Any, Projection, Projection, Array], tuple[Operand, Any]]
 
 

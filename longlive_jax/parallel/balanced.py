@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import rope, teacher_forcing
+from longlive_jax.layers.projection import Projection
 from longlive_jax.models import dit
 from longlive_jax.parallel import sharded_weights
 from longlive_jax.parallel.mesh import CLIPS, DATA, SEQUENCE
@@ -141,7 +142,9 @@ def attend_spread(
 ) -> dit.Attend:
   """Attention in a clip's order for a device that has its own tokens and all heads."""
 
-  def attend(layer: None, q: Array, k: Array, v: Array) -> tuple[Array, None]:
+  def attend(
+    layer: None, q: Projection, k: Projection, v: Array
+  ) -> tuple[Array, None]:
     q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
     q, k, v = (lax.all_to_all(a, SEQUENCE, 2, 1, tiled=True) for a in (q, k, v))
     out = teacher_forcing.attention(q, k, v, order, lengths)  # (b, s, n / R, d)

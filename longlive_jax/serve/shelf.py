@@ -48,7 +48,12 @@ class Shelf:
   def check_room(self, more: int) -> None:
     """Looks at all files. Raises OSError if so many bytes more are too many."""
     self._used = self._measure()
-    self._check(more)
+    if not self._fits(more):
+      raise OSError(
+        f"{more / 1e6:,.1f} MB do not fit: {self._used / 1e6:,.1f} MB of "
+        f"{self._most / 1e6:,.1f} are used, {self._free() / 1e6:,.1f} MB of the disk "
+        "are free"
+      )
 
   def _measure(self) -> int:
     used = 0
@@ -57,13 +62,11 @@ class Shelf:
         used += file.stat().st_size
     return used
 
-  def _check(self, more: int) -> None:
-    free = shutil.disk_usage(self._folder).free
-    if more > min(free, self._most - self._used):
-      raise OSError(
-        f"{more / 1e6:,.1f} MB do not fit: {self._used / 1e6:,.1f} MB of "
-        f"{self._most / 1e6:,.1f} are used, {free / 1e6:,.1f} MB of the disk are free"
-      )
+  def _fits(self, more: int) -> bool:
+    return more <= min(self._free(), self._most - self._used)
+
+  def _free(self) -> int:
+    return shutil.disk_usage(self._folder).free
 
   # ---------------------------------------------------------------- chunks
   def keep_chunk(self, session: str, index: int, media: bytes) -> str:
@@ -72,7 +75,8 @@ class Shelf:
     What is used is what the last look at all files found, and the chunks since: a look
     for every chunk would take longer than the chunk.
     """
-    self._check(len(media))
+    if not self._fits(len(media)):
+      self.check_room(len(media))  # something may have been deleted since
     folder = self._path(session, "chunks")
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{index:06d}-{secrets.token_hex(4)}.mp4"

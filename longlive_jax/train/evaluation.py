@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,9 @@ def generating(
     ema: averages of what is trained; base: what it stands on, see `step.make_loss`. In
       a run of several processes all have to ask.
   """
-  found = meshes.on_first_device(_cast({**base, **ema}, dtype))
+  # Not the base under jit, which would copy what has the dtype already: all of it.
+  found = {**train_state.cast(base, dtype), **_cast(ema, dtype)}
+  found = meshes.on_first_device(found)
   model = found["dit"]
   if "lora" in found:
     model = attach_lora(model, found["lora"])
@@ -170,21 +172,27 @@ class Evaluation:
   decode_frames: int = 8
 
   def __call__(
-    self, model: dit.CausalDiT, encoder: umt5.UMT5Encoder, step: int
+    self,
+    networks: Callable[[], tuple[dit.CausalDiT, umt5.UMT5Encoder]],
+    step: int,
   ) -> dict[str, float]:
     """Writes video_<number>.mp4, shots.png and scores.json; returns the scores.
 
-    What cannot be generated or written is reported, and never ends a training.
+    What cannot be generated or written, also for lack of memory, is reported and never
+    ends a training.
+
+    Args:
+      networks: gives transformer and text encoder, see `generating`.
     """
     folder = self.folder / str(step)
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      found = self._make_videos(model, encoder, folder)
+      found = self._make_videos(*networks(), folder)
       measured = score(self.task.scenes, found) if self.task.scenes else {}
       prompts = [sample.prompts for sample in self.task.board.samples]
       content = {"step": step, "scores": measured, "prompts": prompts}
       report.write_json(folder / "scores.json", content)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
       log.warning("no evaluation of step %d: %s", step, error)
       return {}
     return {f"eval_{name.replace(' ', '_')}": v for name, v in measured.items()}

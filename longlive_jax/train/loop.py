@@ -74,15 +74,19 @@ class MetricsLog:
       found = [metrics[name] for metrics in fetched if name in metrics]
       line[name] = float(np.mean(found))
     line["steps_per_second"] = (step - first) / (now - began)
+    self.append(line)
+    self.check()
+    self._pending = []
+    return line
+
+  def append(self, line: dict[str, float]) -> None:
+    """Appends a line, which names its step."""
     if self._writes:
       with self.path.open("a") as file:
         file.write(json.dumps(line) + "\n")
     if self._board is not None:
       for name in line.keys() - {"step"}:
-        self._board.add_scalar(name, line[name], step)
-    self.check()
-    self._pending = []
-    return line
+        self._board.add_scalar(name, line[name], line["step"])
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -212,8 +216,8 @@ def run(
     shown: metrics that are reported beside the step and the speed: on a terminal in
       one line that is redrawn, else in a line of their own every `log_every` steps.
     clips: names of the clips of the step just made, for the message.
-    evaluate: (state, step) -> more metrics; at multiples of `evaluate_every` and at the
-      end.
+    evaluate: (state, step) -> more metrics, in a line of their own; at multiples of
+      `evaluate_every` and at the end.
 
   Returns:
     The last state, and the last line of metrics.
@@ -236,10 +240,6 @@ def run(
         jax.block_until_ready(before)
         bar.update(step - 1, text)
         before = dict(metrics)
-      if evaluate and (step % evaluate_every == 0 or step == steps):
-        jax.block_until_ready(metrics)
-        with metrics_log.paused():
-          metrics |= evaluate(state, step)
       metrics_log.add(step, metrics, clips())
       logs = step % log_every == 0 or step == steps
       saves = step % checkpoint_every == 0 or step == steps
@@ -270,6 +270,12 @@ def run(
         reason = stop.reason or "another process"
         log.warning("%s: saved step %d; start again to go on", reason, step)
         break
+      # Behind the save: it takes long, and may need memory that is not there.
+      if evaluate and (step % evaluate_every == 0 or step == steps):
+        jax.block_until_ready(metrics)
+        with metrics_log.paused():
+          if found := evaluate(state, step):
+            metrics_log.append({"step": step, **found})
     checkpoints.wait()
   return state, line
 

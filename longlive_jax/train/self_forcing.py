@@ -24,7 +24,8 @@ import numpy as np
 from jax import lax
 
 from longlive_jax.checkpoint.lora import Lora, attach_lora
-from longlive_jax.generate import sampler, schedule
+from longlive_jax.generate import schedule
+from longlive_jax.generate.cached_forward import cached_forward
 from longlive_jax.generate.sampler import ChunkInputs, Sampling
 from longlive_jax.layers import kv_cache, rope
 from longlive_jax.models import dit
@@ -207,7 +208,7 @@ def _detached_forward(trained, fixed, cache, chunks, settings):
 
 
 def _made_anew(cache: kv_cache.KVCache, after: Array) -> kv_cache.KVCache:
-  """An empty cache once more, which does not exist before `after`.
+  """A cache of zeros once more, which does not exist before `after`.
 
   XLA would make one of two that are equal, and keep it from the first use to the last,
   beside a copy for each of them.
@@ -374,14 +375,16 @@ def _remember(model, cache, inputs, latents, settings) -> kv_cache.KVCache:
   _, placement = _placements(cache, chunk)
   _, (k, v) = _pass(
     model, cache, placement, _given(chunk, noisy), time, _text(model, chunk), chunk,
-    settings, keep=True,
+    settings, keep=True, velocity=False,
   )  # fmt: skip
   cut = chunk.cut & sampling.pins
   return kv_cache.pin(kv_cache.commit(cache, placement, k, v), chunk.frames, cut)
 
 
-def _pass(model, cache, placement, latents, time, text, chunk, settings, *, keep):
-  return sampler.cached_forward(
+def _pass(
+  model, cache, placement, latents, time, text, chunk, settings, *, keep, velocity=True
+):
+  return cached_forward(
     model,
     cache,
     placement,
@@ -391,6 +394,7 @@ def _pass(model, cache, placement, latents, time, text, chunk, settings, *, keep
     chunk.temporal,
     t_scale=settings.sampling.t_scale,
     keep=keep,
+    velocity=velocity,
     remat=settings.remat,
   )
 
