@@ -176,3 +176,15 @@ def test_a_log_line_is_one_line_of_json_whatever_is_in_it():
   line = Lines().format(record)
   assert line.isascii() and line.isprintable()
   assert json.loads(line)["error"] == "a\nb\u202e\x1b[31m"
+
+
+def test_a_full_shelf_takes_chunks_again_when_something_went(tmp_path):
+  shelf = Shelf(tmp_path, 100)
+  first, other = new_session(), new_session()
+  name = shelf.keep_chunk(first, 0, b"a" * 80)
+  with pytest.raises(OSError, match="0.0 MB do not fit"):
+    shelf.keep_chunk(other, 0, b"b" * 80)
+  assert shelf.chunk(first, name) == b"a" * 80
+  shelf.drop(first)
+  name = shelf.keep_chunk(other, 0, b"b" * 80)
+  assert shelf.chunk(other, name) == b"b" * 80
