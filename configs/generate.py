@@ -64,6 +64,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.text_weights = ""
   config.tokenizer = ""
   config.loras = ()
+  config.unroll = "auto"  # layers one by one in FP8 on a GPU: faster, longer to compile
   config.dtype = "float32"
 
   # Numbers. `precision` quantises the transformer while it is loaded, 'w4a16' and

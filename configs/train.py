@@ -131,6 +131,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.quantise = ml_collections.ConfigDict()
   c.quantise.mode = ""  # or 'nvfp4', forward and backward; 'fp8', forward
   c.quantise.layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
+  c.quantise.plain_edges = 0  # first and last blocks that are not quantised
   # Of NVFP4:
   c.quantise.activation = "mse"  # rules, of quant/nvfp4.py
   c.quantise.weight = "mse"

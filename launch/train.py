@@ -31,6 +31,7 @@ from longlive_jax.checkpoint import store
 from longlive_jax.data.clip import Chunking, captions_of
 from longlive_jax.data.clips import ClipSource, clip_source
 from longlive_jax.generate import networks, request
+from longlive_jax.generate.precision import check_edges
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.storyboard import SCENE_CUT_PREFIX
 from longlive_jax.layers import remat
@@ -286,6 +287,8 @@ def check(config: ml_collections.ConfigDict) -> networks.Sources:
     )
     network = networks.abstract(sources.dit, config.dtype)
     jax.eval_shape(prepare, network, key=jax.random.key(0))
+    layers = network.config.layers
+    check_edges("quantise.plain_edges", config.quantise.plain_edges, layers)
   return sources
 
 
@@ -392,6 +395,7 @@ def loss_settings(config: ml_collections.ConfigDict) -> train_step.LossSettings:
     config.remat,
     training_settings(config),
     tuple(config.quantise.layers),
+    config.quantise.plain_edges,
   )
 
 

@@ -9,7 +9,7 @@ from random_weights import normal, random_dit
 
 from longlive_jax.generate.cached_forward import cached_forward
 from longlive_jax.layers import kv_cache, operand, rope
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -213,7 +213,7 @@ def test_half_precision_is_close(model):
 
 @pytest.mark.parametrize("starts", [(), (1,)])
 def test_text_keys_stand_for_the_text(model, starts):
-  model = dit.split_blocks(model, starts) if starts else model
+  model = block_scan.split_blocks(model, starts) if starts else model
   time = features(np.full((B, F), 500.0))
   positions = np.broadcast_to(np.arange(F), (B, F))
   temporal = rope.temporal_rotation(positions, CONFIG.head_dim)
@@ -398,18 +398,18 @@ def test_time_features():
 
 
 def test_runs_of_layers_are_the_same_network(model):
-  split = dit.split_blocks(model, [1])
-  assert [len(run.modulation[...]) for run in dit.block_runs(split)] == [1, 1]
-  assert len(dit.block_runs(model)) == 1  # the model itself is as it was
+  split = block_scan.split_blocks(model, [1])
+  assert [len(run.modulation[...]) for run in block_scan.block_runs(split)] == [1, 1]
+  assert len(block_scan.block_runs(model)) == 1  # the model itself is as it was
   t = np.random.default_rng(3).uniform(0, 1000, (B, F))
   inputs = latents(), t, prompts(CHUNKS), [N] * CHUNKS
   found, want = by_chunks(split, *inputs), by_chunks(model, *inputs)
   np.testing.assert_allclose(found, want, atol=1e-6)
   for starts in ([0], [2], [1, 1]):
     with pytest.raises(ValueError, match=r"starts=\(.*must ascend between 1 and 1"):
-      dit.split_blocks(model, starts)
+      block_scan.split_blocks(model, starts)
   with pytest.raises(ValueError, match="has 2 runs already"):
-    dit.split_blocks(split, [1])
+    block_scan.split_blocks(split, [1])
 
 
 def test_the_derivative_of_gelu_needs_its_input_alone():

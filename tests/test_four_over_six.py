@@ -21,7 +21,7 @@ from longlive_jax.checkpoint import (
   torch_files,
   torch_names,
 )
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.quant import nvfp4, weights
 
 BF16 = ml_dtypes.bfloat16
@@ -259,7 +259,7 @@ def test_sources_of_another_kind(tmp_path, model, state_dict):
     attempt(rule="mse")
   with pytest.raises(ValueError, match="has no quantised weights"):
     four_over_six.export_checkpoint(plain, tmp_path / "x")
-  split = dit.split_blocks(model, [1])
+  split = block_scan.split_blocks(model, [1])
   runs = weights.quantise_weights(split, ["blocks/1/*"])
   quantised.save_network(tmp_path / "runs", runs, rule="mse")
   with pytest.raises(ValueError, match="layers of different precision"):

@@ -20,7 +20,7 @@ from longlive_jax.generate.precision import Precision, apply
 from longlive_jax.layers import operand
 from longlive_jax.layers.linear import matmul
 from longlive_jax.layers.lora import LoraWeight, beside
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.quant import weights
 from longlive_jax.quant.training import (
@@ -106,8 +106,8 @@ def test_an_adapter_of_zeros_changes_no_more_than_rounding():
 
 def test_layers_in_runs_and_models_by_step():
   model, adapter = random_dit(), random_lora()
-  split = dit.split_blocks(lora.attach_lora(model, adapter), [1])
-  assert same(lora.attach_lora(dit.split_blocks(model, [1]), adapter), split)
+  split = block_scan.split_blocks(lora.attach_lora(model, adapter), [1])
+  assert same(lora.attach_lora(block_scan.split_blocks(model, [1]), adapter), split)
   precision = Precision("w4a16", layers=("blocks/self_attn/q",), plain_steps=(0,))
   given = [adapters.Adapter(Path("one"), 1.0, 3, 6.0, 0)]
   steps = adapters.attach(apply(model, precision, 2), given, [adapter])

@@ -15,7 +15,7 @@ from launch import generate
 from longlive_jax.checkpoint import quantised, store
 from longlive_jax.generate import networks, precision, resuming, step_models
 from longlive_jax.generate.precision import Precision
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.quant import nvfp4, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -42,7 +42,7 @@ def three_layers(monkeypatch):
 
 def test_by_layer_the_edges_stay_plain(model):
   packed = precision.apply(model, Precision("w4a4", plain_edges=1), 4)
-  first, middle, last = dit.block_runs(packed)
+  first, middle, last = block_scan.block_runs(packed)
   for name in ("fc1", "fc2"):
     found = getattr(middle.ffn, name).weight.get_value()
     assert isinstance(found, weights.W4A4) and found.weight.shape[0] == 1
@@ -52,7 +52,7 @@ def test_by_layer_the_edges_stay_plain(model):
       np.testing.assert_array_equal(kept[0], plain[layer])
   assert isinstance(middle.self_attn.q.weight.get_value(), weights.W4A4)
   # The middle has the numbers that it has without edges.
-  whole = dit.split_blocks(precision.apply(model, Precision("w4a4"), 4), [1, 2])
+  whole = block_scan.split_blocks(precision.apply(model, Precision("w4a4"), 4), [1, 2])
   assert same(middle, whole.blocks[1])
 
 
@@ -68,7 +68,7 @@ def test_by_step_both_are_kept(model):
 def test_layers_are_chosen_by_pattern(model):
   chosen = Precision("w4a16", layers=("*ffn/fc1", "head/linear"), plain_edges=1)
   found = precision.apply(model, chosen, 4)
-  first, middle, last = dit.block_runs(found)
+  first, middle, last = block_scan.block_runs(found)
   packed = [
     isinstance(layer.weight.get_value(), nvfp4.NVFP4Array)
     for layer in (first.ffn.fc1, middle.ffn.fc1, last.ffn.fc1, found.head.linear)
@@ -133,7 +133,7 @@ def test_plain_edges_are_read_one_array_at_a_time(saved, monkeypatch):
   monkeypatch.setattr(store.ocp, "load", load)
   wanted = Precision("w4a16", plain_edges=1)
   source = networks.find("dit", "three", saved, precision=wanted)
-  first, _, last = dit.block_runs(networks.load(source, "float32"))
+  first, _, last = block_scan.block_runs(networks.load(source, "float32"))
   assert {len(request) for request in requests} == {1}
   assert all(isinstance(array, np.ndarray) for r in requests for array in r.values())
   monkeypatch.undo()

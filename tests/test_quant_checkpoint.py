@@ -14,7 +14,7 @@ from random_weights import random_dit
 from longlive_jax.checkpoint import convert, lora, quantised, store
 from longlive_jax.generate import networks
 from longlive_jax.generate.precision import Precision
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.quant import weights
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -45,7 +45,7 @@ def packed(model, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("mode", ["w4a16", "w4a4", "per layer"])
 def test_a_quantised_network_comes_back(tmp_path, model, mode):
   if mode == "per layer":
-    split = dit.split_blocks(model, [1])
+    split = block_scan.split_blocks(model, [1])
     network = weights.quantise_weights(split, ["blocks/1/*"], rule="static_6")
   else:
     network = quantise(model, mode, "static_6")

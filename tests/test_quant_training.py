@@ -265,6 +265,7 @@ def quantised_config(**changes):
     ({"gradient": "best"}, "rule='best' is unknown; use static_6"),
     ({"layers": ("blocks/*", "heads")}, r"\['heads'\] matches no linear layer"),
     ({"layers": ("text_embedding/fc1",)}, "text_embedding/fc1 has 24 inputs"),
+    ({"plain_edges": 1}, "quantise.plain_edges=1 must leave some of 2 layers"),
   ],
 )
 def test_the_script_refuses_settings_before_anything_is_built(
@@ -311,3 +312,26 @@ def test_the_script_trains_in_the_precision_it_is_told(mode):
   assert jax.tree.structure(gradients) == jax.tree.structure(params)
   for leaf, like in zip(*map(jax.tree.leaves, (gradients, params)), strict=True):
     assert (leaf.shape, leaf.dtype) == (like.shape, jnp.float32)
+
+
+def test_plain_edges_are_not_quantised():
+  """Of three blocks the one between multiplies by zero, in any precision."""
+  dit_config = dataclasses.replace(dit.SIZES["test"], layers=3)
+  model = fill(jax.eval_shape(lambda: dit.CausalDiT(dit_config, rngs=nnx.Rngs(0))))
+  network = weights.map_matrices(
+    model, weights.BLOCK_LINEARS, lambda path, weight: weight.at[1].set(0)
+  )
+  batch = {
+    "latents": jnp.asarray(normal(1, 8, 2, 2, 8)),
+    "mask": jnp.ones((1, 8)),
+    "text": jnp.asarray(normal(1, 4, 8, dit_config.text_dim)),
+  }
+
+  def loss(mode, edges):
+    settings = script.loss_settings(quantised_config(mode=mode, plain_edges=edges))
+    loss_fn = jax.jit(step.make_loss(dit_config, settings))
+    return float(loss_fn({"dit": network}, batch, jax.random.key(0))[0])
+
+  plain = loss("", 0)
+  assert loss("fp8", 1) == pytest.approx(plain, rel=1e-5)
+  assert loss("fp8", 0) != pytest.approx(plain, rel=1e-4)

@@ -14,7 +14,7 @@ from random_weights import normal, random_dit
 from longlive_jax.checkpoint import lora, store
 from longlive_jax.layers import linear
 from longlive_jax.layers.lora import LoraWeight
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.quant import nvfp4, training, weights
 from longlive_jax.quant.nvfp4 import NVFP4Array
 from longlive_jax.quant.product import product
@@ -209,7 +209,7 @@ def test_a_network_of_packed_weights_is_one_of_rounded_weights():
 def test_what_is_quantised(starts):
   model = random_dit(dtype=jnp.bfloat16)
   if starts:  # layers of several formats come in runs
-    model = dit.split_blocks(model, starts)
+    model = block_scan.split_blocks(model, starts)
   packed = weights.quantise_weights(model, mode="w4a4", activation_rule="static_6")
   found, layers = set(), 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(

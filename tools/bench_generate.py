@@ -64,6 +64,7 @@ _DTYPE = flags.DEFINE_enum(
 _DECODE_FRAMES = flags.DEFINE_integer(
   "decode_frames", 1, "Latent frames a decode.", flag_values=_FLAGS
 )
+_UNROLL = flags.DEFINE_boolean("unroll", False, "Layers one by one.")
 _DECODE_TILES = flags.DEFINE_integer(
   "decode_tiles", 1, "Tiles of its last stages.", flag_values=_FLAGS
 )
@@ -275,6 +276,7 @@ def main(argv: list[str]) -> None:
     "decode_frames": _DECODE_FRAMES.value,
     "dtype": _DTYPE.value,
     "precision": _PRECISION.value,
+    "unroll": _UNROLL.value,
     "sequence_devices": _SEQUENCE_DEVICES.value,
     "decode_on": _DECODE_ON.value,
     "decode_tiles": _DECODE_TILES.value,
@@ -293,7 +295,7 @@ def main(argv: list[str]) -> None:
     )
   began = time.perf_counter()
   model, video_vae = bench_networks.random_networks(
-    _SIZE.value, _VAE.value, dtype, _PRECISION.value
+    _SIZE.value, _VAE.value, dtype, _PRECISION.value, _UNROLL.value
   )
   jax.block_until_ready((model, video_vae))
   figures["networks_s"] = time.perf_counter() - began

@@ -10,7 +10,7 @@ from flax import nnx
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import networks, sampler
 from longlive_jax.generate.sampler import Sampling
-from longlive_jax.models import dit, vae
+from longlive_jax.models import block_scan, dit, vae
 from longlive_jax.quant import weights
 
 
@@ -41,7 +41,9 @@ def _key(seed: int) -> jax.Array:
   return jax.random.key(seed, impl="rbg")
 
 
-def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
+def random_networks(
+  size: str, vae_size: str, dtype, precision: str = "", unroll: bool = False
+):
   """Both networks with random weights, made on the device.
 
   With a precision the transformer's weights are random codes from the start.
@@ -63,6 +65,8 @@ def random_networks(size: str, vae_size: str, dtype, precision: str = ""):
     model = networks.random_like(abstract_model(config, dtype, precision))
   else:
     model = jax.jit(random_dit, static_argnums=(0, 1))(config, dtype)
+  if unroll:
+    model = block_scan.unrolled(model)
   return model, jax.jit(build_vae)()
 
 

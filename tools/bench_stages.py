@@ -20,7 +20,7 @@ from absl import logging
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, operand, rope
-from longlive_jax.models import dit, pixels, vae
+from longlive_jax.models import block_scan, dit, pixels, vae
 from longlive_jax.parallel import costs
 from longlive_jax.parallel.hardware import Hardware
 from longlive_jax.quant import fp8
@@ -109,7 +109,7 @@ def stage_inputs(
   def first(stacked: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
-  block, layer = first(dit.block_runs(model)[0]), first((cache.k, cache.v))
+  block, layer = first(block_scan.block_runs(model)[0]), first((cache.k, cache.v))
   reads = fp8_attention.operand_dtype(
     sampling.attention_format, model.dtype, c.head_dim
   )

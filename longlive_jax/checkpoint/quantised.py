@@ -31,7 +31,7 @@ import numpy as np
 from flax import nnx
 
 from longlive_jax.checkpoint import lora, store
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.quant import fp8, nvfp4, weights
 from longlive_jax.quant.fp8 import FP8Array
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
@@ -403,7 +403,7 @@ def _abstract(
 
   def build() -> Any:
     network = store.NETWORKS[kind][0](config, dtype=dtype, rngs=nnx.Rngs(0))
-    return dit.split_blocks(network, starts) if starts else network
+    return block_scan.split_blocks(network, starts) if starts else network
 
   def pack(path, leaf):
     entry = listed.get(store.path_name(path), {})
@@ -459,5 +459,5 @@ def _plain_dtype(network: Any) -> jnp.dtype:
 def _run_starts(network: Any) -> list[int]:
   if not isinstance(network, dit.CausalDiT):
     return []
-  lengths = [len(run.modulation[...]) for run in dit.block_runs(network)]
+  lengths = [len(run.modulation[...]) for run in block_scan.block_runs(network)]
   return np.cumsum(lengths)[:-1].tolist()

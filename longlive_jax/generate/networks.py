@@ -20,6 +20,8 @@ from longlive_jax.checkpoint.lora import Lora
 from longlive_jax.generate import adapters
 from longlive_jax.generate import precision as precisions
 from longlive_jax.generate.precision import PLAIN, Precision
+from longlive_jax.generate.step_models import StepModels, models_of
+from longlive_jax.models import block_scan
 from longlive_jax.models.text import Tokenizer
 from longlive_jax.quant.fp8 import FP8Array
 from longlive_jax.quant.weights import BLOCK_LINEARS, FP8_MODES
@@ -43,6 +45,8 @@ class Choice:
     precision_layers, precision_plain_edges, precision_plain_steps: of `Precision`;
       a quantised checkpoint has its own.
     steps: of the solver; the plain ones are among them.
+    unroll: whether the transformer's layers are run one by one and not scanned, see
+      models/block_scan.py: 'yes', 'no', or 'auto': in FP8 on a GPU.
     loras: adapters beside the transformer's weights, of any format: 'PATH' or
       'PATH:WEIGHT', files or checkpoint folders.
   """
@@ -61,7 +65,12 @@ class Choice:
   precision_plain_edges: int = 0
   precision_plain_steps: tuple[int, ...] = ()
   steps: int = 4
+  unroll: str = "no"
   loras: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.unroll not in ("yes", "no", "auto"):
+      raise ValueError(f"unroll={self.unroll!r} is unknown; use 'yes', 'no' or 'auto'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Source:
     precision: how to quantise it on loading, or to use it if it is quantised.
     steps: solver steps, which precision may depend on.
     loras: of a transformer.
+    unrolled: whether every layer of a transformer is a run of its own.
   """
 
   kind: str
@@ -83,6 +93,7 @@ class Source:
   precision: Precision = PLAIN
   steps: int = 4
   loras: tuple[adapters.Adapter, ...] = ()
+  unrolled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +145,9 @@ def find_all(choice: Choice) -> Sources:
     steps=choice.steps,
   )
   loras = tuple(adapters.find(given, dit.config) for given in choice.loras)
-  dit = dataclasses.replace(dit, loras=loras)
+  fast = choice.precision == "fp8" and jax.default_backend() == "gpu"
+  unrolled = choice.unroll == "yes" or (choice.unroll == "auto" and fast)
+  dit = dataclasses.replace(dit, loras=loras, unrolled=unrolled)
   vae = find("vae", choice.vae, weights(choice.vae_weights, "vae"))
   text = find("umt5", choice.text, weights(choice.text_weights, "text"))
   check_together(dit, vae, text)
@@ -287,7 +300,7 @@ def abstract(source: Source, dtype: str) -> Any:
     if packed is None:
       plain = _build(source, dtype)
       network = precisions.apply(plain, source.precision, source.steps)
-    network = adapters.attach(network, source.loras, loras)
+    network = _arranged(adapters.attach(network, source.loras, loras), source)
     ids = [id(leaf) for leaf in jax.tree.leaves(network)]
     places.extend(map(ids.index, ids))
     return network
@@ -302,10 +315,18 @@ def load(source: Source, dtype: str) -> Any:
   A quantised checkpoint is loaded as it is; a precision then says what its weights are
   multiplied with.
   """
-  network = _load_base(source, dtype)
-  return adapters.attach(
-    network, source.loras, adapters.load(source.loras, source.config)
-  )
+  loras = adapters.load(source.loras, source.config)
+  network = adapters.attach(_load_base(source, dtype), source.loras, loras)
+  return _arranged(network, source)
+
+
+def _arranged(network: Any, source: Source) -> Any:
+  if not source.unrolled:
+    return network
+  models = [block_scan.unrolled(model) for model in models_of(network)]
+  if not isinstance(network, StepModels):
+    return models[0]
+  return dataclasses.replace(network, models=tuple(models))
 
 
 def _load_base(source: Source, dtype: str) -> Any:
@@ -359,7 +380,8 @@ def _build(source: Source, dtype: str) -> Any:
 
 def _random(source: Source, dtype: str) -> Any:
   if source.precision.mode:
-    return random_like(abstract(dataclasses.replace(source, loras=()), dtype))
+    plain = dataclasses.replace(source, loras=(), unrolled=False)
+    return random_like(abstract(plain, dtype))
   return jax.device_put(_build(source, dtype), jax.local_devices()[0])
 
 

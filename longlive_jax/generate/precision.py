@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate.step_models import Model, StepModels
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.quant import nvfp4, weights
 
 
@@ -98,9 +98,7 @@ def apply(model: dit.CausalDiT, precision: Precision, steps: int) -> Model:
   if not precision.mode:
     return model
   _check_numbers(precision, model.config.layers, steps)
-  packed = _quantise(model, precision)
-  if precision.plain_edges:
-    packed = keep_edges(packed, model, precision.plain_edges)
+  packed = keep_edges(_quantise(model, precision), model, precision.plain_edges)
   if not precision.plain_steps:
     return packed
   plain = {step % steps for step in precision.plain_steps}
@@ -117,9 +115,11 @@ def keep_edges(
     packed: with one run of layers.
     plain: the same network, or its first and last `edges` layers alone; its arrays
       may be in host memory.
-    edges: more than 0 and less than half of the layers.
+    edges: 0 (then it is the packed network) to less than half of the layers.
   """
-  mixed = dit.split_blocks(packed, [edges, packed.config.layers - edges])
+  if not edges:
+    return packed
+  mixed = block_scan.split_blocks(packed, [edges, packed.config.layers - edges])
   for run, kept in ((0, slice(edges)), (2, slice(-edges, None))):
     mixed.blocks[run] = jax.tree.map(
       lambda leaf, kept=kept: jnp.asarray(leaf[kept]), plain.blocks
@@ -137,12 +137,17 @@ def _quantise(model: dit.CausalDiT, precision: Precision) -> dit.CausalDiT:
   )
 
 
-def _check_numbers(precision: Precision, layers: int, steps: int) -> None:
-  if 2 * precision.plain_edges >= layers:
+def check_edges(name: str, edges: int, layers: int) -> None:
+  """Raises ValueError for a setting `name` of plain edges that leaves no layer."""
+  if not 0 <= 2 * edges < layers:
     raise ValueError(
-      f"precision_plain_edges={precision.plain_edges} must leave some of {layers} "
-      f"layers between the first and the last; use at most {(layers - 1) // 2}"
+      f"{name}={edges} must leave some of {layers} layers between the first and the "
+      f"last; use 0 to {(layers - 1) // 2}"
     )
+
+
+def _check_numbers(precision: Precision, layers: int, steps: int) -> None:
+  check_edges("precision_plain_edges", precision.plain_edges, layers)
   wrong = [step for step in precision.plain_steps if not -steps <= step < steps]
   if wrong:
     raise ValueError(

@@ -30,7 +30,7 @@ from longlive_jax.quant.fp8 import Rows
 _LINEAR = -2 * math.sqrt(2 / math.pi) / math.log(2)
 _CUBIC = 0.044715 * _LINEAR
 
-WALK = Walk()
+WALK = Walk(num_warps=16)
 
 
 def gelu_rows(

@@ -21,7 +21,7 @@ from longlive_jax.kernels.modulate_quantise import rounded
 from longlive_jax.kernels.rows import Walk, columns_of, load_row, load_shared, row_of
 from longlive_jax.quant import fp8
 
-WALK = Walk(rows=2)
+WALK = Walk()
 
 
 def norm_rope(

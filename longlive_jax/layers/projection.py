@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from longlive_jax.kernels.norm_rope import norm_rope
 from longlive_jax.layers import rope
@@ -79,7 +80,9 @@ def projected_rule(
 def _(
   weight: W8A8, layer: Linear, x: Operand, norm: RMSNorm, heads: int
 ) -> Projection:
-  x, codes = read_by(layer, x), weight.weight
+  # Else XLA makes one product of those of queries and keys, for which it first copies
+  # both weights together, and then the sums apart: 1.6% of a chunk at 5B on an H200.
+  x, codes = lax.optimization_barrier((read_by(layer, x), weight.weight))
   return _of(fp8.sums(x, codes), x.array.scale, codes.scale[:, 0], layer, norm, heads)
 
 

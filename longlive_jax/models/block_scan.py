@@ -1,11 +1,18 @@
-"""The blocks of a network one after the other: run by run, a scan over each."""
+"""The blocks of a network one after the other: run by run, a scan over each.
+
+A scan copies the weights of a layer out of those of its run before it multiplies. A run
+of one layer needs no scan: where all are (`unrolled`) nothing is copied, and the
+program is that much longer.
+"""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
 Array = jax.Array
@@ -28,17 +35,21 @@ def through(
     x or None, and what the layers handed out, stacked.
   """
   pieces, first = [], 0
+  one = jax.jit(step)  # traced once for all runs of one layer
   for run in runs:
-    count = len(jax.tree.leaves(run)[0])
+    count = _layers(run)
     part = jax.tree.map(lambda a, i=first, j=first + count: a[i:j], others)
     inputs = run, part, first + jnp.arange(count)
     first += count
-    if end or len(pieces) < len(runs) - 1:
+    if count == 1:
+      x, piece = one(x, jax.tree.map(lambda a: a[0], inputs))
+      piece = jax.tree.map(lambda a: a[None], piece)
+    elif end or len(pieces) < len(runs) - 1:
       x, piece = lax.scan(step, x, inputs)
     else:
-      x, piece = None, _handed_out(step, x, inputs, count)
+      piece = _handed_out(step, x, inputs, count)
     pieces.append(piece)
-  return x, join(pieces)
+  return x if end else None, join(pieces)
 
 
 def _handed_out(step: Step, x: Array, inputs: Any, count: int) -> Any:
@@ -68,3 +79,63 @@ def join(pieces: Sequence[Any]) -> Any:
   if len(pieces) == 1:
     return pieces[0]
   return jax.tree.map(lambda *a: jnp.concatenate(a), *pieces)
+
+
+# ------------------------------------------------------------------ runs of a network
+
+
+def block_runs(model: Any) -> list[Any]:
+  """The runs of consecutive layers of a network, each with a leading layer axis."""
+  return list(model.blocks) if isinstance(model.blocks, nnx.List) else [model.blocks]
+
+
+def split_blocks(model: Any, starts: Sequence[int]) -> Any:
+  """The same model with its layers in several runs, so that formats can differ.
+
+  Args:
+    model: with one run.
+    starts: first layer of every run but the first, ascending.
+
+  Raises:
+    ValueError: starts that are not ascending layers of the model, or a model that is
+      split already.
+  """
+  if len(block_runs(model)) > 1:
+    raise ValueError(f"the model has {len(model.blocks)} runs already; split it once")
+  edges = [0, *starts, model.config.layers]
+  if any(a >= b for a, b in itertools.pairwise(edges)):
+    raise ValueError(
+      f"starts={tuple(starts)} must ascend between 1 and {model.config.layers - 1}"
+    )
+  return _of_runs(
+    model,
+    [
+      jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], model.blocks)
+      for a, b in itertools.pairwise(edges)
+    ],
+  )
+
+
+def unrolled(model: Any) -> Any:
+  """The same model, every layer a run of its own, see the top of this file."""
+  runs = []
+  for run in block_runs(model):
+    count = _layers(run)
+    runs += [_layer(run, i) for i in range(count)] if count > 1 else [run]
+  return _of_runs(model, runs)
+
+
+@jax.jit  # with i as an argument: compiled once for all layers
+def _layer(run: Any, i: int) -> Any:
+  return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, i, 1), run)
+
+
+def _layers(run: Any) -> int:
+  return len(jax.tree.leaves(run)[0])
+
+
+def _of_runs(model: Any, runs: Sequence[Any]) -> Any:
+  leaves, structure = jax.tree.flatten(model)
+  copy = jax.tree.unflatten(structure, leaves)  # modules are not changed
+  copy.blocks = nnx.List(runs)
+  return copy

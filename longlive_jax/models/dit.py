@@ -6,15 +6,13 @@ with nothing (bidirectional). Blocks are stacked on a leading layer axis and sca
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import attention as attn
@@ -257,7 +255,7 @@ class CausalDiT(nnx.Module):
 
   Attributes:
     blocks: one Block whose every array has a leading layer axis, or, where layers
-      differ in number format, a list of such runs of consecutive layers.
+      differ in number format or are unrolled, a list of such runs of consecutive ones.
   """
 
   def __init__(
@@ -296,12 +294,10 @@ class CausalDiT(nnx.Module):
     embedding, so training, which has one pass and many prompts, does without.
     """
 
-    def step(_, block):
-      return None, block.text_keys(text)
+    def step(_, inputs):
+      return None, inputs[0].text_keys(text)
 
-    return block_scan.join(
-      [lax.scan(step, None, run)[1] for run in block_runs(self)]
-    )
+    return block_scan.through(step, None, block_scan.block_runs(self))[1]
 
   def embed_time(self, time: Array) -> tuple[Array, Array]:
     """Time features (b, f, freq_dim) -> e (b, f, D) and table (b, f, 6, D)."""
@@ -348,7 +344,11 @@ class CausalDiT(nnx.Module):
       return block(x, table, text if keys is None else keys, attend, layer)
 
     x, handed_out = block_scan.through(
-      rematerialised(step, remat), x, block_runs(self), text_keys, end=velocity
+      rematerialised(step, remat),
+      x,
+      block_scan.block_runs(self),
+      text_keys,
+      end=velocity,
     )
     if not velocity:
       return None, handed_out
@@ -359,38 +359,6 @@ class CausalDiT(nnx.Module):
     """Rotation of all tokens, from temporal rotations (b, f, pairs)."""
     patch = self.config.patch
     return rope.grid_rotation(temporal, y // patch, x // patch, self.config.head_dim)
-
-
-def block_runs(model: CausalDiT) -> list[Block]:
-  """The runs of consecutive layers, each a Block with a leading layer axis."""
-  return list(model.blocks) if isinstance(model.blocks, nnx.List) else [model.blocks]
-
-
-def split_blocks(model: CausalDiT, starts: Sequence[int]) -> CausalDiT:
-  """The same model with its layers in several runs, so that formats can differ.
-
-  Args:
-    model: with one run.
-    starts: first layer of every run but the first, ascending.
-
-  Raises:
-    ValueError: starts that are not ascending layers of the model, or a model that is
-      split already.
-  """
-  if len(block_runs(model)) > 1:
-    raise ValueError(f"the model has {len(model.blocks)} runs already; split it once")
-  edges = [0, *starts, model.config.layers]
-  if any(a >= b for a, b in itertools.pairwise(edges)):
-    raise ValueError(
-      f"starts={tuple(starts)} must ascend between 1 and {model.config.layers - 1}"
-    )
-  leaves, structure = jax.tree.flatten(model)
-  split = jax.tree.unflatten(structure, leaves)  # a copy: modules are not changed
-  split.blocks = nnx.List(
-    jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], model.blocks)
-    for a, b in itertools.pairwise(edges)
-  )
-  return split
 
 
 def attend_all(

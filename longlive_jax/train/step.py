@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.checkpoint.lora import attach_lora
+from longlive_jax.generate.precision import keep_edges
 from longlive_jax.models import dit, umt5
 from longlive_jax.parallel import balanced, sharded_weights
 from longlive_jax.parallel import mesh as meshes
@@ -44,6 +45,7 @@ class LossSettings:
     remat: of layers/remat.py.
     quantise: how products with weights are quantised; None if they are not.
     quantised_layers: patterns of these weights.
+    plain_edges: how many first and how many last blocks are not.
   """
 
   flow: flow.FlowSettings
@@ -53,6 +55,7 @@ class LossSettings:
   remat: str = "none"
   quantise: TrainingSettings | FP8TrainingSettings | None = None
   quantised_layers: tuple[str, ...] = ()
+  plain_edges: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +98,10 @@ def make_loss(
     if quantise:
       # Far from the numbers of a split: the draws of the loss stay what they are.
       rounding = jax.random.fold_in(key, 2**31)
-      transformer = prepare_training(
+      prepared = prepare_training(
         transformer, settings.quantised_layers, quantise, rounding
       )
+      transformer = keep_edges(prepared, transformer, settings.plain_edges)
     if "lora" in params:
       transformer = attach_lora(transformer, params["lora"])
     if "text" in params:
