@@ -20,6 +20,7 @@ from longlive_jax.checkpoint.lora import Lora
 from longlive_jax.generate import adapters
 from longlive_jax.generate import precision as precisions
 from longlive_jax.generate.precision import PLAIN, Precision
+from longlive_jax.models import vae_fp8
 from longlive_jax.models.text import Tokenizer
 from longlive_jax.quant.fp8 import FP8Array
 from longlive_jax.quant.weights import BLOCK_LINEARS, FP8_MODES
@@ -42,6 +43,8 @@ class Choice:
       checkpoint, its own.
     precision_layers, precision_plain_edges, precision_plain_steps: of `Precision`;
       a quantised checkpoint has its own.
+    vae_precision: of `vae_fp8.PRECISIONS`, quantises the VAE's decoder while it is
+      loaded.
     steps: of the solver; the plain ones are among them.
     loras: adapters beside the transformer's weights, of any format: 'PATH' or
       'PATH:WEIGHT', files or checkpoint folders.
@@ -60,6 +63,7 @@ class Choice:
   precision_layers: tuple[str, ...] = BLOCK_LINEARS
   precision_plain_edges: int = 0
   precision_plain_steps: tuple[int, ...] = ()
+  vae_precision: str = ""
   steps: int = 4
   loras: tuple[str, ...] = ()
 
@@ -75,6 +79,7 @@ class Source:
     precision: how to quantise it on loading, or to use it if it is quantised.
     steps: solver steps, which precision may depend on.
     loras: of a transformer.
+    vae_precision: of a VAE's decoder.
   """
 
   kind: str
@@ -83,6 +88,7 @@ class Source:
   precision: Precision = PLAIN
   steps: int = 4
   loras: tuple[adapters.Adapter, ...] = ()
+  vae_precision: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +115,10 @@ def find_all(choice: Choice) -> Sources:
   """Finds the networks of a run; reads only their records.
 
   Raises:
-    ValueError: as `Precision` and `find`, or they do not fit each other.
+    ValueError: as `Precision`, `vae_fp8.check` and `find`, or they do not fit each
+      other.
   """
+  vae_fp8.check(choice.vae_precision)
   precision = Precision(
     choice.precision,
     rule=choice.precision_rule,
@@ -136,6 +144,7 @@ def find_all(choice: Choice) -> Sources:
   loras = tuple(adapters.find(given, dit.config) for given in choice.loras)
   dit = dataclasses.replace(dit, loras=loras)
   vae = find("vae", choice.vae, weights(choice.vae_weights, "vae"))
+  vae = dataclasses.replace(vae, vae_precision=choice.vae_precision)
   text = find("umt5", choice.text, weights(choice.text_weights, "text"))
   check_together(dit, vae, text)
   tokenizer = None
@@ -287,6 +296,7 @@ def abstract(source: Source, dtype: str) -> Any:
     if packed is None:
       plain = _build(source, dtype)
       network = precisions.apply(plain, source.precision, source.steps)
+    network = vae_fp8.apply(network, source.vae_precision)
     network = adapters.attach(network, source.loras, loras)
     ids = [id(leaf) for leaf in jax.tree.leaves(network)]
     places.extend(map(ids.index, ids))
@@ -302,7 +312,7 @@ def load(source: Source, dtype: str) -> Any:
   A quantised checkpoint is loaded as it is; a precision then says what its weights are
   multiplied with.
   """
-  network = _load_base(source, dtype)
+  network = vae_fp8.apply(_load_base(source, dtype), source.vae_precision)
   return adapters.attach(
     network, source.loras, adapters.load(source.loras, source.config)
   )

@@ -30,7 +30,8 @@ class Cost:
     flops: operations.
     bytes: read and written.
     unit: what bounds the operations, a rate of `hardware.Hardware`: 'matrix',
-      'matrix_fp8', 'matrix_fp4', 'attention', 'attention_fp8' or 'convolution'.
+      'matrix_fp8', 'matrix_fp4', 'attention', 'attention_fp8', 'convolution' or
+      'convolution_fp8'.
   """
 
   flops: float
@@ -285,6 +286,7 @@ class Convolution:
     history: input frames that are kept between calls.
     folded: nearest 2x upsampling is part of it: four kernels of 2 x 2 for a source
       pixel instead of one of 3 x 3 for each of its four outputs.
+    residual: of a residual block: in a decoder in FP8 it multiplies codes.
   """
 
   frames: int
@@ -295,6 +297,7 @@ class Convolution:
   taps: int
   history: int = 0
   folded: bool = False
+  residual: bool = False
 
   @property
   def positions(self) -> int:
@@ -328,13 +331,17 @@ class Convolution:
     """Numbers that it keeps between calls."""
     return self.history * self.rows * self.columns * self.c_in
 
+  def operand_bytes(self, precision: str, itemsize: int) -> int:
+    """Of a number that it multiplies: of inputs, state and weights."""
+    return 1 if precision and self.residual else itemsize
+
 
 def _residual_block(
   frames: int, rows: int, columns: int, c_in: int, c_out: int
 ) -> Iterator[Convolution]:
   size = (frames, rows, columns)
-  yield Convolution(*size, c_in, c_out, 27, history=2)
-  yield Convolution(*size, c_out, c_out, 27, history=2)
+  yield Convolution(*size, c_in, c_out, 27, history=2, residual=True)
+  yield Convolution(*size, c_out, c_out, 27, history=2, residual=True)
   if c_in != c_out:
     yield Convolution(*size, c_in, c_out, 1)
 
@@ -405,24 +412,32 @@ def decode_stage(
   frames: int,
   frames_per_call: int,
   itemsize: int,
+  precision: str = "",
 ) -> Stage:
   """Decoding the latent frames of a chunk, some at a time.
 
   Weights and state are read, and the state written, once a call.
+
+  Args:
+    precision: of the decoder, as the config names it; here and below.
   """
   n = videos * frames_per_call
   costs = []
   for conv in decoder_convolutions(config, y, x):
-    moved = n * (conv.input + conv.output) + conv.parameters + 2 * videos * conv.state
-    costs.append(Cost(n * conv.flops, itemsize * moved, "convolution"))
+    size = conv.operand_bytes(precision, itemsize)
+    moved = size * (n * conv.input + conv.parameters + 2 * videos * conv.state)
+    moved += itemsize * n * conv.output
+    unit = "convolution_fp8" if precision and conv.residual else "convolution"
+    costs.append(Cost(n * conv.flops, moved, unit))
   one = frame_attention(config.decoder_widths[0], y, x, itemsize)
   costs.append(Cost(n * one.flops, n * one.bytes, one.unit))
   return Stage(-(-frames // frames_per_call), tuple(costs))
 
 
-def decoder_bytes(config: VAEConfig, itemsize: int) -> float:
+def decoder_bytes(config: VAEConfig, itemsize: int, precision: str = "") -> float:
   """Of the decoder's weights; those of its norms do not show."""
-  return itemsize * sum(c.parameters for c in decoder_convolutions(config, 1, 1))
+  convolutions = decoder_convolutions(config, 1, 1)
+  return sum(c.operand_bytes(precision, itemsize) * c.parameters for c in convolutions)
 
 
 def encoder_bytes(config: VAEConfig, itemsize: int) -> float:
@@ -432,9 +447,12 @@ def encoder_bytes(config: VAEConfig, itemsize: int) -> float:
   return itemsize * sum(c.parameters for c in convolutions)
 
 
-def decoder_state_bytes(config: VAEConfig, y: int, x: int, itemsize: int) -> float:
+def decoder_state_bytes(
+  config: VAEConfig, y: int, x: int, itemsize: int, precision: str = ""
+) -> float:
   """What decoding one video remembers between calls."""
-  return itemsize * sum(c.state for c in decoder_convolutions(config, y, x))
+  convolutions = decoder_convolutions(config, y, x)
+  return sum(c.operand_bytes(precision, itemsize) * c.state for c in convolutions)
 
 
 def decoding_bytes(
