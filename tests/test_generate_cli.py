@@ -539,6 +539,7 @@ BAD = [
     r"precision_plain_steps=\(0,\) needs --mode=stream",
   ),
   (dict(kv_format="fp4"), {}, "kv_format='fp4' is unknown"),
+  (dict(vae_precision="fp5"), {}, "vae_precision='fp5' is unknown; use 'fp8', or ''"),
   (
     dict(weights="nowhere"),
     {},
@@ -629,6 +630,8 @@ def test_config_arguments():
   fast = get_config("ti2v-5b,fp8,attention=fp8,kv=e4m3")
   assert (fast.attention_format, fast.kv_format) == ("fp8", "e4m3")
   assert plain.precision_layers == BLOCK_LINEARS
+  assert plain.vae_precision == ""
+  assert get_config("ti2v-5b,fp8,vae=fp8").vae_precision == "fp8"
   with pytest.raises(ValueError, match="'nvfp4' and 'w4a4' exclude each other"):
     get_config("toy,nvfp4,w4a4")
   with pytest.raises(ValueError, match="'kv=nvfp4' and 'kv=fp8' exclude each other"):
