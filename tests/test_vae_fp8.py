@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_weights import TINY_VAE, fill, normal, random_vae
+from random_weights import TINY_VAE, normal, random_vae
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import networks
@@ -151,7 +151,8 @@ def test_networks_are_loaded_so(tmp_path, plain):
   want = vae_fp8.quantise_decoder(plain)
   jax.tree.map(np.testing.assert_array_equal, loaded, want)
   assert jax.tree.structure(abstract) == jax.tree.structure(loaded)
-  for told, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(loaded), strict=True):
+  pairs = zip(jax.tree.leaves(abstract), jax.tree.leaves(loaded), strict=True)
+  for told, leaf in pairs:
     assert (told.shape, told.dtype) == (leaf.shape, leaf.dtype)
 
 
@@ -199,7 +200,7 @@ def test_decoder_alone(capsys, monkeypatch):
 
 
 def test_convolutions_of_codes_are_counted():
-  call = '%{n} = (bf16[2]{{0}}, u8[0]{{0}}) custom-call({a}, %w), custom_call_target="{t}"'
+  call = '%{n} = (bf16[2], u8[0]) custom-call({a}, %w), custom_call_target="{t}"'
   text = "\n".join([
     "%codes.1 = f8e4m3fn[4,8]{1,0} fusion(%p), kind=kLoop",
     "%w = f8e4m3fn[4]{0} parameter(1)",
