@@ -167,6 +167,7 @@ def test_adapters_beside_any_weights(generate, config, weights, tmp_path):
 
 
 def test_resume_rewind_and_branch(generate, config, tmp_path):
+  config.vae_precision = "fp8"  # codes are part of the state
   states = str(tmp_path / "states")
 
   def go(name, **options):
@@ -215,6 +216,7 @@ def test_settings_of_a_saved_state_cannot_change(generate, config, tmp_path):
     seed=1, size="toy", vae="toy", height=64, width=32, window_frames=8,
     frames_per_chunk=1, relative_rope=False, dtype="bfloat16", kv_format="nvfp4",
     kv_smoothing="none", kv_rule="static_6", guidance=1.0,
+    vae_precision="fp8",
   )  # fmt: skip
   for name, value in changes.items():
     other = config.copy_and_resolve_references()

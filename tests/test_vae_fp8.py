@@ -216,11 +216,7 @@ def test_convolutions_of_codes_are_counted():
 
 def test_psnr_of_decoders(capsys, monkeypatch):
   monkeypatch.setitem(vae.VAE_SIZES, "test", TINY_VAE)
-  monkeypatch.setattr(
-    networks,
-    "_build",
-    lambda source, dtype: jax.tree.map(lambda leaf: leaf.astype(dtype), random_vae()),
-  )
+  monkeypatch.setattr(networks, "_build", lambda source, dtype: random_vae())
   flags = ("--vae=test", "--vae_weights=random", "--clips=1", "--latents=2")
   found = output_of(eval_decoder, capsys, *flags, "--height=16", "--width=16")
   assert found["latents"] == [1, 2, 4, 4, 8]

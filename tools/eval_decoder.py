@@ -10,7 +10,6 @@ latent frame at a time, as a stream does it, and compared in [-1, 1] (peak 2).
 """
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -46,6 +45,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
   return float(10 * np.log10(4.0 / np.mean((a.astype(np.float64) - b) ** 2)))
 
 
+def in_dtype(model: vae.VideoVAE, dtype: str) -> vae.VideoVAE:
+  """The network as it is loaded in another dtype: statistics stay in float32."""
+  other = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
+  other.latent_mean, other.latent_std = model.latent_mean, model.latent_std
+  return other
+
+
 def toy_latents(model: vae.VideoVAE, clips: int, latents: int) -> jax.Array:
   """(clips, latents, y, x, z) of rendered clips."""
   frames = 1 + model.config.temporal_factor * (latents - 1)
@@ -57,8 +63,7 @@ def toy_latents(model: vae.VideoVAE, clips: int, latents: int) -> jax.Array:
 def main(argv: list[str]) -> None:
   del argv
   weights = _WEIGHTS.value
-  plain = networks.find("vae", _VAE.value, weights)
-  model = networks.load(plain, "float32")
+  model = networks.load(networks.find("vae", _VAE.value, weights), "float32")
   if weights == "random":
     scale = model.config.spatial_factor
     grid = (_HEIGHT.value // scale, _WIDTH.value // scale)
@@ -70,13 +75,12 @@ def main(argv: list[str]) -> None:
   exact = np.asarray(decode(model, latents, 1))
   found = {}
   for name, (dtype, precision) in DECODERS.items():
-    other = vae_fp8.apply(networks.load(plain, dtype), precision)
+    other = vae_fp8.apply(in_dtype(model, dtype), precision)
     frames = np.asarray(decode(other, latents, 1), np.float32)
     found[name] = round(psnr(frames, exact), 2)
-  name = weights if weights == "random" else Path(weights).name
   print(json.dumps({
     "device": jax.devices()[0].device_kind,
-    "vae": plain.config.__dict__ if name == "random" else weights,
+    "vae_weights": weights,
     "latents": list(latents.shape),
     "psnr_db": found,
   }))  # fmt: skip
