@@ -16,7 +16,7 @@ import ml_collections
 PRECISIONS = {"nvfp4": "w4a16", "w4a4": "w4a4", "fp8": "fp8"}
 KV_FORMATS = {"kv=nvfp4": "nvfp4", "kv=fp8": "fp8", "kv=e4m3": "e4m3"}
 FEW_STEPS = {"steps=4": 4, "steps=2": 2}
-OPTIONS = ("i2v", "no_sinks", "float32", "random", "attention=fp8",
+OPTIONS = ("i2v", "no_sinks", "float32", "random", "attention=fp8", "vae=fp8",
            *FEW_STEPS, *PRECISIONS, *KV_FORMATS)  # fmt: skip
 SHIPPED = Path(__file__).parents[1] / "longlive_jax" / "assets" / "toy"
 
@@ -31,8 +31,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
       measure speed), 'nvfp4' (quantise the transformer's weights while loading them),
       'w4a4' (and its activations as it runs), 'fp8' (both, in 8 bits), 'kv=nvfp4',
       'kv=fp8' or 'kv=e4m3' (quantise the cache), 'attention=fp8' (multiply in 8 bits
-      in attention, too; fastest with 'kv=e4m3'), 'steps=4' or 'steps=2' (the toy's
-      shipped adapter of so many steps, which need no guidance).
+      in attention, too; fastest with 'kv=e4m3'), 'vae=fp8' (decode pictures with 8-bit
+      convolutions), 'steps=4' or 'steps=2' (the toy's shipped adapter of so many steps,
+      which need no guidance).
 
   Raises:
     ValueError: unknown size or option, or two that exclude each other, or an adapter
@@ -71,7 +72,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # 'w8a16' its weights, 'w4a4' and 'fp8' also what is multiplied with them; '' takes a
   # checkpoint as it is, quantised or not. `kv_format` is that of the cache: 'nvfp4',
   # 'fp8' with a scale a frame, or 'e4m3' without, as `attention_format` 'fp8' reads it.
-  # Rules and smoothing are those of NVFP4.
+  # Rules and smoothing are those of NVFP4. `vae_precision` 'fp8' quantises the VAE's
+  # decoder while it is loaded, for the 8-bit convolutions of Hopper and newer.
   config.precision = ""
   config.precision_rule = "mse"  # nearest to plain weights: README, "In 4 bits"
   config.precision_layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
@@ -81,6 +83,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   config.kv_smoothing = "token_mean"
   config.kv_rule = "mse"
   config.attention_format = ""
+  config.vae_precision = ""
 
   # Picture and length. Clips of 24 frames a second; one chunk is
   # 4 * frames_per_chunk video frames.
@@ -149,6 +152,8 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
     config.dtype = "float32"
   if "attention=fp8" in options:
     config.attention_format = "fp8"
+  if "vae=fp8" in options:
+    config.vae_precision = "fp8"
   if "random" in options:
     config.weights = "random"
   for option in options:

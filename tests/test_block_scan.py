@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 from random_weights import fill, normal
 
-from longlive_jax.generate import sampler
-from longlive_jax.generate.cached_forward import cached_forward
+from longlive_jax.checkpoint import store
+from longlive_jax.generate import networks, sampler
+from longlive_jax.generate.cached_forward import cached_forward, can_hold
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_cache
 from longlive_jax.models import block_scan, dit
+from longlive_jax.quant import weights
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -25,7 +28,7 @@ CONFIG = dataclasses.replace(dit.SIZES["test"], layers=LAYERS)
 ABSTRACT = jax.eval_shape(lambda: dit.CausalDiT(CONFIG, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("cuts", [[], [2], [1, 4]])
+@pytest.mark.parametrize("cuts", [[], [2], [1, 4], [1, 2, 3, 4]])
 def test_what_is_handed_out_is_that_of_a_scan(cuts):
   weights = jnp.asarray(normal(LAYERS, 8, 8))
   edges = [0, *cuts, LAYERS]
@@ -35,14 +38,18 @@ def test_what_is_handed_out_is_that_of_a_scan(cuts):
     weight, other, index = inputs
     return jnp.tanh(weight @ x), (x * other, index)
 
-  others = jnp.arange(5.0)
+  inputs = jnp.ones(8), runs, jnp.arange(5.0), jnp.arange(LAYERS)
   forward = jax.jit(block_scan.through, static_argnums=0, static_argnames="end")
-  x, want = forward(step, jnp.ones(8), runs, others)
-  nothing, found = forward(step, jnp.ones(8), runs, others, end=False)
-  assert x.shape == (8,) and nothing is None
+  x, want = forward(step, *inputs)
+  nothing, found = forward(step, *inputs, end=False)
+  assert x.shape == (8,) and nothing is None and len(want) == len(runs)
+  want, found = block_scan.join(want), block_scan.join(found)
   assert want[1].tolist() == list(range(LAYERS))
   for one, other in zip(found, want, strict=True):
-    np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+  everything = lax.scan(step, jnp.ones(8), (weights, *inputs[2:]))
+  for one, other in zip(*map(jax.tree.leaves, ((x, want), everything)), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @functools.cache
@@ -97,3 +104,74 @@ def test_the_cache_is_written_in_place():
   assert not re.search(rf"\[{slots}\]\S* (copy|scatter|concatenate)\(", text)
   held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
   assert program.memory_analysis().alias_size_in_bytes >= held
+
+
+# ------------------------------------------------------------------ layers one by one
+def test_an_unrolled_network_that_holds_its_windows_makes_the_same_video():
+  """With sinks, so that a window's slots are not in the order of its frames."""
+  config = dataclasses.replace(CONFIG, layers=2)
+  plain = jax.eval_shape(lambda: dit.CausalDiT(config, rngs=nnx.Rngs(0)))
+  quantise = functools.partial(weights.quantise_weights, mode="fp8")
+  model = networks.random_like(jax.eval_shape(quantise, plain))
+  sampling = Sampling(
+    frames_per_chunk=N, window_frames=3 * N, sink_frames=N, multi_shot_sink=False,
+    steps=2, kv_format="e4m3", attention_format="fp8", guidance=3.0,
+  )  # fmt: skip
+  step = jax.jit(sampler.denoise_chunk, static_argnums=3)
+  videos = []
+  for network in (model, block_scan.unrolled(model)):
+    cache, video = sampler.init_cache(network, sampling, 1, Y, X), []
+    assert can_hold(network, cache, "fp8") == (network is not model)
+    for chunk in range(5):
+      frames = N * chunk + np.arange(N, dtype=np.int32)[None]
+      latents, cache = step(network, cache, chunk_of(frames, sampling), sampling)
+      video.append(np.asarray(latents))
+    kept = jax.tree.map(lambda a: np.asarray(a, np.float32), (cache.k, cache.v))
+    videos.append((np.stack(video), kept))
+  assert not np.allclose(videos[0][0][3], videos[0][0][4], atol=0.1)
+  for one, other in zip(*map(jax.tree.leaves, videos), strict=True):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def chunk_of(frames: np.ndarray, sampling: Sampling) -> sampler.ChunkInputs:
+  shape = (*frames.shape, Y, X, CONFIG.in_channels)
+  random = np.random.default_rng(frames.sum())
+  text = random.normal(size=(1, CONFIG.text_len, CONFIG.text_dim))
+  return sampler.ChunkInputs(
+    noise=random.normal(size=shape).astype(np.float32),
+    text=text.astype(np.float32),
+    negative=-text.astype(np.float32),
+    frames=frames,
+    temporal=sampler.chunk_temporal(CONFIG, sampling, frames, np.zeros(1, np.int32)),
+    cut=np.zeros(1, bool),
+    known=np.zeros(frames.shape, bool),
+    given=np.zeros(shape, np.float32),
+  )
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"kv_format": "nvfp4"}, {"attention_format": ""}, {"relative_rope": True}],
+)
+def test_what_is_not_attended_as_it_is_stored_is_not_held(changes):
+  settings = {"kv_format": "e4m3", "attention_format": "fp8"} | changes
+  lengths = {"frames_per_chunk": N, "window_frames": 3 * N, "sink_frames": N}
+  sampling = Sampling(**lengths, **settings)
+  network = jax.eval_shape(block_scan.unrolled, ABSTRACT)
+  cache = jax.eval_shape(lambda: sampler.init_cache(network, sampling, 1, Y, X))
+  assert not can_hold(network, cache, sampling.attention_format)
+
+
+def test_a_network_is_unrolled_while_it_is_loaded(tmp_path):
+  store.save_network(tmp_path / "dit", fill(ABSTRACT))
+  source = networks.Source("dit", CONFIG, tmp_path / "dit", unrolled=True)
+  load, describe = networks.load, networks.abstract
+  network, abstract = load(source, "float32"), describe(source, "float32")
+  assert len(block_scan.block_runs(network)) == LAYERS
+  assert jax.tree.structure(network) == jax.tree.structure(abstract)
+  plain = load(dataclasses.replace(source, unrolled=False), "float32")
+  for layer, run in enumerate(block_scan.block_runs(network)):
+    for one, whole in zip(*map(jax.tree.leaves, (run, plain.blocks)), strict=True):
+      np.testing.assert_array_equal(one, whole[layer : layer + 1])
+  with pytest.raises(ValueError, match="unroll='all' is unknown; use 'yes', 'no' or"):
+    networks.Choice(unroll="all")

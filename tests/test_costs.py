@@ -10,7 +10,7 @@ import pytest
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
-from longlive_jax.models import dit, vae
+from longlive_jax.models import dit, vae, vae_fp8
 from longlive_jax.parallel import costs
 from longlive_jax.quant import weights
 
@@ -121,14 +121,16 @@ def test_bytes_of_a_cache(kv_format):
   assert tree_bytes((cache.k, cache.v)) == pytest.approx(want, rel=0.05)
 
 
+@pytest.mark.parametrize("precision", ["", "fp8"])
 @pytest.mark.parametrize("size", ["test", "wan2.2"])
-def test_bytes_of_the_vae(size):
+def test_bytes_of_the_vae(size, precision):
   config = vae.VAE_SIZES[size]
   model = store.abstract_network("vae", config, jnp.bfloat16)
+  model = jax.eval_shape(lambda model: vae_fp8.apply(model, precision), model)
   state = jax.eval_shape(lambda model: vae.init_decoder_state(model, 1, 4, 6), model)
-  found = costs.decoder_state_bytes(config, 4, 6, 2)
+  found = costs.decoder_state_bytes(config, 4, 6, 2, precision)
   assert tree_bytes(state.history) == found
-  both = costs.decoder_bytes(config, 2) + costs.encoder_bytes(config, 2)
+  both = costs.decoder_bytes(config, 2, precision) + costs.encoder_bytes(config, 2)
   assert tree_bytes(model) == pytest.approx(both, rel=0.03)
 
 

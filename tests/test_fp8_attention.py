@@ -254,6 +254,7 @@ def test_any_cache_and_relative_positions(kv_format, relative, monkeypatch):
     return reference(q, k, v, dtype)
 
   monkeypatch.setattr(fp8_attention, "reference", spy)
+  monkeypatch.setattr(fp8_attention, "default_implementation", lambda head_dim: "jnp")
   model = jax.eval_shape(random_dit)
   sampling = dataclasses.replace(FORMAT, kv_format=kv_format, relative_rope=relative)
   cache = jax.eval_shape(lambda: sampler.init_cache(model, sampling, 1, Y, X))

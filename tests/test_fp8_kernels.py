@@ -206,6 +206,7 @@ def test_what_xla_gets():
   )
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts what kernels hide")
 def test_a_block_quantises_each_operand_once():
   """q, k and v read the same codes."""
   model = jax.eval_shape(lambda: quantised_network(random_dit(), "fp8"))

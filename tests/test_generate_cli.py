@@ -167,6 +167,7 @@ def test_adapters_beside_any_weights(generate, config, weights, tmp_path):
 
 
 def test_resume_rewind_and_branch(generate, config, tmp_path):
+  config.vae_precision = "fp8"  # codes are part of the state
   states = str(tmp_path / "states")
 
   def go(name, **options):
@@ -215,6 +216,7 @@ def test_settings_of_a_saved_state_cannot_change(generate, config, tmp_path):
     seed=1, size="toy", vae="toy", height=64, width=32, window_frames=8,
     frames_per_chunk=1, relative_rope=False, dtype="bfloat16", kv_format="nvfp4",
     kv_smoothing="none", kv_rule="static_6", guidance=1.0,
+    vae_precision="fp8",
   )  # fmt: skip
   for name, value in changes.items():
     other = config.copy_and_resolve_references()
@@ -539,6 +541,7 @@ BAD = [
     r"precision_plain_steps=\(0,\) needs --mode=stream",
   ),
   (dict(kv_format="fp4"), {}, "kv_format='fp4' is unknown"),
+  (dict(vae_precision="fp5"), {}, "vae_precision='fp5' is unknown; use 'fp8', or ''"),
   (
     dict(weights="nowhere"),
     {},
@@ -629,6 +632,8 @@ def test_config_arguments():
   fast = get_config("ti2v-5b,fp8,attention=fp8,kv=e4m3")
   assert (fast.attention_format, fast.kv_format) == ("fp8", "e4m3")
   assert plain.precision_layers == BLOCK_LINEARS
+  assert plain.vae_precision == ""
+  assert get_config("ti2v-5b,fp8,vae=fp8").vae_precision == "fp8"
   with pytest.raises(ValueError, match="'nvfp4' and 'w4a4' exclude each other"):
     get_config("toy,nvfp4,w4a4")
   with pytest.raises(ValueError, match="'kv=nvfp4' and 'kv=fp8' exclude each other"):

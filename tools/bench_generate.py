@@ -45,7 +45,7 @@ from longlive_jax.generate import decoding, report
 from longlive_jax.generate import stream as streaming
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_slots
-from longlive_jax.models import dit
+from longlive_jax.models import dit, vae_fp8
 from longlive_jax.parallel import costs, hardware, plan, sequence
 from longlive_jax.parallel import mesh as meshes
 from longlive_jax.quant import weights
@@ -76,6 +76,9 @@ _LATENTS_ONLY = flags.DEFINE_bool(
 )
 _PRECISION = flags.DEFINE_enum(
   "precision", "", ["", *weights.MODES], "Of the weights.", flag_values=_FLAGS
+)
+_VAE_PRECISION = flags.DEFINE_enum(
+  "vae_precision", "", list(vae_fp8.PRECISIONS), "Of the decoder.", flag_values=_FLAGS
 )
 _ATTENTION = flags.DEFINE_enum(
   "attention_format", "", ["", "fp8"], "Of attention's products.", flag_values=_FLAGS
@@ -206,6 +209,7 @@ def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
     window_frames=sampling.window_frames,
     steps=sampling.steps,
     itemsize=size,
+    vae_precision=_VAE_PRECISION.value,
   )
   settings = plan.Plan(
     sequence_devices=_SEQUENCE_DEVICES.value,
@@ -228,6 +232,7 @@ def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
     known["vae"] = costs.decode_stage(
       video_vae.config, y, x, videos=1, frames=work.frames,
       frames_per_call=_DECODE_FRAMES.value, itemsize=size,
+      precision=_VAE_PRECISION.value,
     )  # fmt: skip
     cases.append(bench_stages.decode_case(video_vae, _DECODE_FRAMES.value, y, x))
     decode_ms = figures["end_to_end_chunk_ms_median"] - figures["dit_chunk_ms_median"]
@@ -277,6 +282,7 @@ def main(argv: list[str]) -> None:
     "dtype": _DTYPE.value,
     "precision": _PRECISION.value,
     "unroll": _UNROLL.value,
+    "vae_precision": _VAE_PRECISION.value,
     "sequence_devices": _SEQUENCE_DEVICES.value,
     "decode_on": _DECODE_ON.value,
     "decode_tiles": _DECODE_TILES.value,
@@ -295,7 +301,12 @@ def main(argv: list[str]) -> None:
     )
   began = time.perf_counter()
   model, video_vae = bench_networks.random_networks(
-    _SIZE.value, _VAE.value, dtype, _PRECISION.value, _UNROLL.value
+    _SIZE.value,
+    _VAE.value,
+    dtype,
+    _PRECISION.value,
+    _VAE_PRECISION.value,
+    _UNROLL.value,
   )
   jax.block_until_ready((model, video_vae))
   figures["networks_s"] = time.perf_counter() - began

@@ -10,7 +10,7 @@ from flax import nnx
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import networks, sampler
 from longlive_jax.generate.sampler import Sampling
-from longlive_jax.models import block_scan, dit, vae
+from longlive_jax.models import block_scan, dit, vae, vae_fp8
 from longlive_jax.quant import weights
 
 
@@ -41,8 +41,28 @@ def _key(seed: int) -> jax.Array:
   return jax.random.key(seed, impl="rbg")
 
 
+def random_decoder(config: vae.VAEConfig, dtype, precision: str) -> vae.VideoVAE:
+  """A VAE without encoder, made on the device.
+
+  Args:
+    precision: of `vae_fp8.PRECISIONS`.
+  """
+
+  def build():
+    network = random_vae(config, dtype)
+    network.encoder = network.conv1 = None
+    return network
+
+  return vae_fp8.apply(jax.jit(build)(), precision)
+
+
 def random_networks(
-  size: str, vae_size: str, dtype, precision: str = "", unroll: bool = False
+  size: str,
+  vae_size: str,
+  dtype,
+  precision: str = "",
+  vae_precision: str = "",
+  unroll: bool = False,
 ):
   """Both networks with random weights, made on the device.
 
@@ -55,19 +75,13 @@ def random_networks(
     raise ValueError(
       f"vae={vae_size!r} has z_dim={video_vae.z_dim}; {size} has {config.in_channels}"
     )
-
-  def build_vae():
-    network = random_vae(video_vae, dtype)
-    network.encoder = network.conv1 = None
-    return network
-
   if precision:
     model = networks.random_like(abstract_model(config, dtype, precision))
   else:
     model = jax.jit(random_dit, static_argnums=(0, 1))(config, dtype)
   if unroll:
     model = block_scan.unrolled(model)
-  return model, jax.jit(build_vae)()
+  return model, random_decoder(video_vae, dtype, vae_precision)
 
 
 def chunk_inputs(

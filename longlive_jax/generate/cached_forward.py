@@ -11,7 +11,7 @@ from jax import lax
 
 from longlive_jax.layers import attention, fp8_attention, kv_cache, kv_slots, rope
 from longlive_jax.layers.projection import numbers
-from longlive_jax.models import dit
+from longlive_jax.models import block_scan, dit
 from longlive_jax.parallel.sequence import SINGLE, Layout
 from longlive_jax.quant import fp8
 
@@ -27,6 +27,8 @@ def cached_forward(
   text: Array | dit.TextKeys,
   temporal: rope.Rotation,
   *,
+  held: list[kv_cache.Held] | None = None,
+  full: bool | None = None,
   t_scale: float = 1.0,
   attention_format: str = "",
   keep: bool = False,
@@ -34,7 +36,7 @@ def cached_forward(
   remat: str = "none",
   layout: Layout = SINGLE,
   exchange_format: str = "",
-) -> tuple[Array | None, tuple[Any, Any] | None]:
+) -> tuple[Array | None, tuple[Any, Any] | list[kv_cache.Held] | None]:
   """One forward of a chunk against the cache, which is only read.
 
   Args:
@@ -42,6 +44,8 @@ def cached_forward(
     text: embedded text (b, segments, text_len, D), or keys of it.
     temporal: rotation of the chunk's frames (b, f, pairs); unused when the cache
       rotates by window position.
+    held: windows to attend instead of the cache's slots, see `can_hold`.
+    full: whether all frames of the window are attended, where that is known.
     t_scale: factor on window positions (relative RoPE). attention_format: see Sampling.
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
     velocity: False leaves out what only serves it.
@@ -50,7 +54,7 @@ def cached_forward(
 
   Returns:
     velocity (b, f, y, x, c) or None, and None or (k, v), each (l, b, f, p, n, d) in
-    the type of the cache's slots.
+    the type of the cache's slots, or held with the chunk's frames in them.
   """
   rules, config = cache.rules, model.config
   b, f, y, x, _ = latents.shape
@@ -81,11 +85,13 @@ def cached_forward(
       else:
         k = rope.rotate(k, q_rotation, k_dtype)
       k, v = (a.reshape(b, f, p, *a.shape[2:]) for a in (k, v))
-      keys, values = kv_cache.attended(placement, layer, k, v)
-      keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in (keys, values))
+      window = kv_cache.Held(*kv_cache.attended(placement, layer, k, v))
+      keys, values = (a.reshape(b, -1, *a.shape[3:]) for a in window)
       if rules.relative_rope:
         keys = rope.rotate(keys, k_rotation, reads)
       out = compute(q, keys, values)
+      if held is not None:
+        return out, window
       if not keep:
         return out, None
       # Encoded here, layer by layer: all layers' plain keys would not fit beside the
@@ -93,21 +99,61 @@ def cached_forward(
       new = zip(layer, (k, v), strict=True)
       return out, tuple(kv_slots.encode(slots, a, layout.axes) for slots, a in new)
 
-    own, layers = layout.split(latents, config.patch), (cache.k, cache.v)
+    own = layout.split(latents, config.patch)
+    layers = (cache.k, cache.v) if held is None else held
     exchanged = layout.exchanged(attend, f, p, exchange_format)
     out, kept = model(
       own, time, text, exchanged, layers, remat=remat, velocity=velocity
     )
+    if held is not None:
+      kept = [jax.tree.map(lambda a: a[0], window) for window in kept]
+    else:
+      kept = block_scan.join(kept)
     return layout.join(out, config.patch, y, x) if velocity else None, kept
 
   by_length = functools.partial(attention.attention, lengths=placement.length * p)
   plain = functools.partial(forward, by_length, model.dtype)
   cudnn = attention.default_implementation(model.dtype) == "cudnn"
-  if not attention_format and not cudnn:
+  if full is False or (not attention_format and not cudnn):
     return plain()
   # cuDNN is 12% faster without lengths, and has none in FP8: all but the first chunks
   # fill the window.
   whole = fp8_attention.by_format(attention_format, model.dtype)
-  reads = fp8_attention.operand_dtype(attention_format, model.dtype, config.head_dim)
-  full = layout.everywhere(jnp.all(placement.length == rules.window_frames))
-  return lax.cond(full, functools.partial(forward, whole, reads), plain)
+  whole = functools.partial(forward, whole, _reads(model, attention_format))
+  return whole() if full else lax.cond(is_full(cache, placement, layout), whole, plain)
+
+
+def is_full(
+  cache: kv_cache.KVCache, placement: kv_cache.Placement, layout: Layout
+) -> Array:
+  """Whether all rows attend a whole window, on all devices: a bool scalar."""
+  return layout.everywhere(jnp.all(placement.length == cache.rules.window_frames))
+
+
+def can_hold(
+  model: dit.CausalDiT, cache: kv_cache.KVCache, attention_format: str
+) -> bool:
+  """Whether windows can be taken out of the cache: `kv_cache.hold`.
+
+  If the network is unrolled, slots are attended as they are stored, all of them, and
+  attention takes a whole window.
+  """
+  rules, reads = cache.rules, _reads(model, attention_format)
+  return (
+    len(block_scan.block_runs(model)) == model.config.layers
+    and rules.window_frames == cache.frame.shape[1]
+    and not rules.relative_rope
+    and all(
+      isinstance(slots, Array) and slots.dtype == reads for slots in (cache.k, cache.v)
+    )
+    and (
+      bool(attention_format)
+      or attention.default_implementation(model.dtype) == "cudnn"
+    )
+  )
+
+
+def _reads(model: dit.CausalDiT, attention_format: str) -> jnp.dtype:
+  return fp8_attention.operand_dtype(
+    attention_format, model.dtype, model.config.head_dim
+  )

@@ -21,7 +21,7 @@ from longlive_jax.generate import adapters
 from longlive_jax.generate import precision as precisions
 from longlive_jax.generate.precision import PLAIN, Precision
 from longlive_jax.generate.step_models import StepModels, models_of
-from longlive_jax.models import block_scan
+from longlive_jax.models import block_scan, vae_fp8
 from longlive_jax.models.text import Tokenizer
 from longlive_jax.quant.fp8 import FP8Array
 from longlive_jax.quant.weights import BLOCK_LINEARS, FP8_MODES
@@ -44,6 +44,8 @@ class Choice:
       checkpoint, its own.
     precision_layers, precision_plain_edges, precision_plain_steps: of `Precision`;
       a quantised checkpoint has its own.
+    vae_precision: of `vae_fp8.PRECISIONS`, quantises the VAE's decoder while it is
+      loaded.
     steps: of the solver; the plain ones are among them.
     unroll: whether the transformer's layers are run one by one and not scanned, see
       models/block_scan.py: 'yes', 'no', or 'auto': in FP8 on a GPU.
@@ -64,6 +66,7 @@ class Choice:
   precision_layers: tuple[str, ...] = BLOCK_LINEARS
   precision_plain_edges: int = 0
   precision_plain_steps: tuple[int, ...] = ()
+  vae_precision: str = ""
   steps: int = 4
   unroll: str = "no"
   loras: tuple[str, ...] = ()
@@ -85,6 +88,7 @@ class Source:
     steps: solver steps, which precision may depend on.
     loras: of a transformer.
     unrolled: whether every layer of a transformer is a run of its own.
+    vae_precision: of a VAE's decoder.
   """
 
   kind: str
@@ -94,6 +98,7 @@ class Source:
   steps: int = 4
   loras: tuple[adapters.Adapter, ...] = ()
   unrolled: bool = False
+  vae_precision: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +125,10 @@ def find_all(choice: Choice) -> Sources:
   """Finds the networks of a run; reads only their records.
 
   Raises:
-    ValueError: as `Precision` and `find`, or they do not fit each other.
+    ValueError: as `Precision`, `vae_fp8.check` and `find`, or they do not fit each
+      other.
   """
+  vae_fp8.check(choice.vae_precision)
   precision = Precision(
     choice.precision,
     rule=choice.precision_rule,
@@ -149,6 +156,7 @@ def find_all(choice: Choice) -> Sources:
   unrolled = choice.unroll == "yes" or (choice.unroll == "auto" and fast)
   dit = dataclasses.replace(dit, loras=loras, unrolled=unrolled)
   vae = find("vae", choice.vae, weights(choice.vae_weights, "vae"))
+  vae = dataclasses.replace(vae, vae_precision=choice.vae_precision)
   text = find("umt5", choice.text, weights(choice.text_weights, "text"))
   check_together(dit, vae, text)
   tokenizer = None
@@ -300,6 +308,7 @@ def abstract(source: Source, dtype: str) -> Any:
     if packed is None:
       plain = _build(source, dtype)
       network = precisions.apply(plain, source.precision, source.steps)
+    network = vae_fp8.apply(network, source.vae_precision)
     network = _arranged(adapters.attach(network, source.loras, loras), source)
     ids = [id(leaf) for leaf in jax.tree.leaves(network)]
     places.extend(map(ids.index, ids))
@@ -316,7 +325,8 @@ def load(source: Source, dtype: str) -> Any:
   multiplied with.
   """
   loras = adapters.load(source.loras, source.config)
-  network = adapters.attach(_load_base(source, dtype), source.loras, loras)
+  network = vae_fp8.apply(_load_base(source, dtype), source.vae_precision)
+  network = adapters.attach(network, source.loras, loras)
   return _arranged(network, source)
 
 

@@ -114,6 +114,7 @@ def workload(
     encoder=True,
     plain_copy=bool(config["precision_plain_steps"]),
     adapter_parameters=sum(adapter.parameters for adapter in sources.dit.loras),
+    vae_precision=sources.vae.vae_precision,
   )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 SAVED_SETTINGS = (
   "seed", "size", "vae", "dtype", "height", "width", "frames_per_chunk",
   "window_frames", "independent_first_frame", "relative_rope", "t_scale",
-  "kv_format", "kv_smoothing", "kv_rule",
+  "kv_format", "kv_smoothing", "kv_rule", "vae_precision",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def check_resumed(config: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
   Args:
     saved: config of the run that is resumed; states of older versions lack some.
   """
-  saved = {"kv_format": "", **saved}
+  saved = {"kv_format": "", "vae_precision": "", **saved}
   changed = [n for n in SAVED_SETTINGS if n in saved and config.get(n) != saved[n]]
   guidance = config["guidance"]
   guided = guidance != 1.0, saved.get("guidance", guidance) != 1.0

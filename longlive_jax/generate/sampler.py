@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from longlive_jax.generate import schedule
-from longlive_jax.generate.cached_forward import cached_forward
+from longlive_jax.generate.cached_forward import cached_forward, can_hold, is_full
 from longlive_jax.generate.step_models import Model, choice_of, models_of
 from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, rope
 from longlive_jax.models import dit
@@ -300,12 +300,10 @@ def denoise_chunk(
   placement = kv_cache.place(cache, rows(chunk.frames))
   temporal = rows(chunk.temporal)
 
-  def velocity(
-    model: dit.CausalDiT, text: dit.TextKeys, latents: Array, features: Array
-  ) -> Array:
+  def velocity(model, text, latents, features, held, full):
     # Given frames are clean: their timestep is 0 in every pass.
     time = jnp.where(chunk.known[:, :, None], times[-1], features)
-    v, _ = cached_forward(
+    v, held = cached_forward(
       model,
       cache,
       placement,
@@ -313,36 +311,48 @@ def denoise_chunk(
       rows(time),
       text,
       temporal,
+      held=held,
+      full=full,
       t_scale=sampling.t_scale,
       attention_format=sampling.attention_format,
       layout=layout,
       exchange_format=sampling.exchange_format,
     )
     if sampling.branches == 1:
-      return v
+      return v, held
     v = layout.all_rows(v)
     positive, negative = v[0::2], v[1::2]
-    return negative + sampling.guidance * (positive - negative)
+    return negative + sampling.guidance * (positive - negative), held
 
-  def step(
-    model: dit.CausalDiT, text: dit.TextKeys, state: schedule.SolverState, row
-  ):
-    solver_row, features = row
+  def step(model, text, full, carried, row):
+    (state, held), (solver_row, features) = carried, row
     clamped = jnp.where(known, chunk.given, state.x)
     state = dataclasses.replace(state, x=clamped)
-    v = velocity(model, text, state.x, features)
-    return schedule.solver_step(solver_row, state, v), None
+    v, held = velocity(model, text, state.x, features, held, full)
+    return (schedule.solver_step(solver_row, state, v), held), None
 
   choice, models = choice_of(model, len(table.timesteps)), models_of(model)
   texts = [_text(each, chunk, layout) for each in models]  # once, not in each pass
-  with jax.named_scope("denoise"):
-    state, first = schedule.solver_init(chunk.noise), 0
+
+  def denoised(held: list[kv_cache.Held] | None, full: bool | None) -> Array:
+    carried, first = (schedule.solver_init(chunk.noise), held), 0
     for which, group in itertools.groupby(choice[:-1]):
       end = first + len(list(group))
       inputs = jax.tree.map(lambda a, i=first, j=end: a[i:j], (table.rows, times[:-1]))
-      run = functools.partial(step, models[which], texts[which])
-      (state, _), first = lax.scan(run, state, inputs), end
-    latents = jnp.where(known, chunk.given, state.x)
+      run = functools.partial(step, models[which], texts[which], full)
+      (carried, _), first = lax.scan(run, carried, inputs), end
+    return carried[0].x
+
+  with jax.named_scope("denoise"):
+    if all(can_hold(each, cache, sampling.attention_format) for each in models):
+      x = lax.cond(
+        is_full(cache, placement, layout),
+        lambda: denoised(kv_cache.hold(cache, placement), True),
+        lambda: denoised(None, False),
+      )
+    else:
+      x = denoised(None, None)
+    latents = jnp.where(known, chunk.given, x)
   with jax.named_scope("clean_pass"):
     text = texts[choice[-1]]
     cache = clean_pass(model, cache, latents, chunk, sampling, text, layout=layout)

@@ -12,7 +12,8 @@ slot stores, plain numbers or fewer bits, is `kv_slots`'s business.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -268,14 +269,41 @@ def _reference_keep(frame, rank, head, pin_rank, pin_count, window):
   return (keep | (count <= window)[:, None]) & (frame >= 0)
 
 
+class Held(NamedTuple):
+  """A full window of one layer, taken out of the cache for all passes over a chunk.
+
+  Attributes:
+    k, v: (b, window, p, n, d), the frames of the chunk itself last.
+  """
+
+  k: Array
+  v: Array
+
+
+def hold(cache: KVCache, placement: Placement) -> list[Held]:
+  """The windows of all layers, with room for a chunk that is not in the cache yet.
+
+  A pass then writes its own frames, and does not copy the others again. For slots that
+  are attended as they are stored, and a window that is the whole cache and full.
+  """
+  rows = jnp.arange(placement.source.shape[0])[:, None]
+  order = jnp.argsort(placement.source >= 0, axis=1)  # stable: the chunk's are last
+
+  def taken(slots: Array, layer: int) -> Array:
+    return slots.at[layer, rows, order].get(mode="promise_in_bounds")
+
+  layers = range(len(cache.k))
+  return [Held(taken(cache.k, layer), taken(cache.v, layer)) for layer in layers]
+
+
 def attended(
-  placement: Placement, layer: tuple[Any, Any], k: Array, v: Array
+  placement: Placement, layer: tuple[Any, Any] | Held, k: Array, v: Array
 ) -> tuple[Array, Array]:
   """One layer's keys and values to attend, the chunk's own put in their slots.
 
   Args:
     placement: of this chunk.
-    layer: slots of k and v, each (b, slots, p, n, d).
+    layer: slots of k and v, each (b, slots, p, n, d), or what is held of them.
     k, v: the chunk's, (b, f, p, n, d), rotated as the cache stores them; each in a
       dtype that `kv_slots.read` gives, see `kv_slots.attended_dtype`.
 
@@ -283,6 +311,12 @@ def attended(
     keys and values (b, slots or window, p, n, d) in the dtype of k and v. Only the
     first placement.length frames count.
   """
+  if isinstance(layer, Held):
+    past = layer.k.shape[1] - k.shape[1]
+    put_last = functools.partial(
+      lax.dynamic_update_slice_in_dim, start_index=past, axis=1
+    )
+    return put_last(layer.k, k), put_last(layer.v, v)
   order, source = placement.order, placement.source
   if order is not None:  # the order first: fewer slots to read
     rows = jnp.arange(order.shape[0])[:, None]

@@ -297,7 +297,8 @@ class CausalDiT(nnx.Module):
     def step(_, inputs):
       return None, inputs[0].text_keys(text)
 
-    return block_scan.through(step, None, block_scan.block_runs(self))[1]
+    pieces = block_scan.through(step, None, block_scan.block_runs(self))[1]
+    return block_scan.join(pieces)
 
   def embed_time(self, time: Array) -> tuple[Array, Array]:
     """Time features (b, f, freq_dim) -> e (b, f, D) and table (b, f, 6, D)."""
@@ -315,7 +316,7 @@ class CausalDiT(nnx.Module):
     *,
     remat: str = "none",
     velocity: bool = True,
-  ) -> tuple[Array | None, Any]:
+  ) -> tuple[Array | None, list[Any]]:
     """Velocity of noisy latents.
 
     Args:
@@ -323,13 +324,13 @@ class CausalDiT(nnx.Module):
       time: features of each frame's timestep (b, f, freq_dim), see time_features.
       text: embedded text (b, segments, text_len, D), see embed_text, or text_keys.
       attend: self-attention, see `Attend`; it also norms and rotates q and k.
-      layers: per-layer state for attend, leading axis l, or None.
+      layers: per-layer state for attend, see `block_scan.through`, or None.
       remat: what the backward pass computes again, see layers/remat.py.
       velocity: False leaves out what only serves it, when a pass is to remember.
 
     Returns:
       velocity (b, f, y, x, c) float32 or None, and what attend handed out, stacked
-      over l.
+      over the layers of each run.
     """
     y, x_size = latents.shape[2:4]
     patch = self.config.patch
@@ -338,9 +339,7 @@ class CausalDiT(nnx.Module):
     text_keys = text if isinstance(text, TextKeys) else None
 
     def step(x, inputs):
-      block, keys, index = inputs
-      # Not scanned over: a run would have to copy its part of the cache first.
-      layer = jax.tree.map(lambda a: a[index], layers)
+      block, keys, layer = inputs
       return block(x, table, text if keys is None else keys, attend, layer)
 
     x, handed_out = block_scan.through(
@@ -348,6 +347,7 @@ class CausalDiT(nnx.Module):
       x,
       block_scan.block_runs(self),
       text_keys,
+      layers,
       end=velocity,
     )
     if not velocity:

@@ -13,7 +13,9 @@ that leaves the decoder is dropped by the caller. `keep_mask` says which frames 
 real.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,8 @@ class Conv(nnx.Module):
 
   That is how convolutions read it, once (kt, in) are one axis. Any other order would
   be transposed in front of a loop over frames, into copies that live as long as it:
-  1.1 GB in the decoder of full size.
+  1.1 GB in the decoder of full size. With time it may be of another type than an array,
+  which then has the rules below (vae_fp8.py).
   """
 
   def __init__(
@@ -74,6 +77,34 @@ def _conv2d(x: jax.Array, weight: jax.Array, stride: int, padding) -> jax.Array:
   )
 
 
+@functools.singledispatch
+def held(weight: Any, x: jax.Array) -> jax.Array:
+  """Input x as a causal convolution with this weight keeps and reads it."""
+  return x
+
+
+@functools.singledispatch
+def convolved(weight: Any, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Convolution in space of frames that lie side by side.
+
+  Args:
+    weight: (o, ky, kx, kt, i).
+    x: (n, y, x, kt i), as `held` gives them.
+    dtype: of what comes out.
+
+  Returns:
+    (n, y, x, o).
+  """
+  o, ky, kx, kt, i = weight.shape
+  return convolve(x, weight.reshape(o, ky, kx, kt * i))
+
+
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """(n, y, x, i) and kernel (o, ky, kx, i) of odd sides -> (n, y, x, o)."""
+  _, ky, kx, _ = kernel.shape
+  return _conv2d(x, kernel, 1, ((ky // 2, ky // 2), (kx // 2, kx // 2)))
+
+
 def causal_conv(
   conv: Conv, x: jax.Array, history: jax.Array, keep: jax.Array, stride: int = 1
 ) -> tuple[jax.Array, jax.Array]:
@@ -86,7 +117,7 @@ def causal_conv(
   Args:
     conv: weight (o, k, k, kt, i).
     x: (b, t, y, x, i).
-    history: (b, h, y, x, i), the input frames before x.
+    history: (b, h, y, x, i), the input frames before x, as the weight `held` them.
     keep: (b, t, 1, 1, 1) bool; other frames of x are replaced by zeros.
     stride: step in time.
 
@@ -94,21 +125,20 @@ def causal_conv(
     y: (b, (h + t - kt) // stride + 1, y, x, o).
     history: the last h input frames.
   """
-  weight = conv.weight[...]
-  o, ky, kx, kt, i = weight.shape
-  x = jnp.where(keep, x, jnp.zeros((), x.dtype))
+  weight = conv.weight.get_value()
+  kt = weight.shape[3]
+  x = held(weight, jnp.where(keep, x, jnp.zeros((), x.dtype)))
   x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
   b, total = x.shape[:2]
   t = (total - kt) // stride + 1
-  kernel = weight.reshape(o, ky, kx, kt * i)
-  padding = ((ky // 2, ky // 2), (kx // 2, kx // 2))
   count = frames_at_a_time(t, kt * (x.nbytes // total))
   parts = []
   for first in range(0, stride * t, stride * count):
     last = first + stride * (count - 1) + 1
     taps = [x[:, first + k : last + k : stride] for k in range(kt)]
     stacked = jnp.concatenate(taps, axis=-1)  # (b, count, y, x, kt i)
-    y = _conv2d(stacked.reshape(b * count, *stacked.shape[2:]), kernel, 1, padding)
+    stacked = stacked.reshape(b * count, *stacked.shape[2:])
+    y = convolved(weight, stacked, conv.bias.dtype)
     parts.append(y.reshape(b, count, *y.shape[1:]))
   y = jnp.concatenate(parts, axis=1) + conv.bias[...]
   return y, x[:, total - history.shape[1] :]

@@ -30,7 +30,8 @@ class Cost:
     flops: operations.
     bytes: read and written.
     unit: what bounds the operations, a rate of `hardware.Hardware`: 'matrix',
-      'matrix_fp8', 'matrix_fp4', 'attention', 'attention_fp8' or 'convolution'.
+      'matrix_fp8', 'matrix_fp4', 'attention', 'attention_fp8', 'convolution' or
+      'convolution_fp8'.
   """
 
   flops: float
@@ -92,6 +93,14 @@ class Work:
     return CACHE_BITS.get(self.kv_format, 8 * self.itemsize) / 8
 
   @property
+  def holds_window(self) -> bool:
+    """Whether the window is copied once a chunk (`cached_forward.can_hold`), as far as
+    a plan tells: in FP8, with `unroll='auto'` on a GPU."""
+    return (self.precision, self.kv_format, self.attention_format) == (
+      "fp8", "e4m3", "fp8"
+    )  # fmt: skip
+
+  @property
   def weight_itemsize(self) -> float:
     """Of a block's linear layers."""
     return WEIGHT_BITS.get(self.precision, 8 * self.itemsize) / 8
@@ -103,6 +112,7 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
   c, size = config, work.itemsize
   passes, layers = work.steps + 1, c.layers * (work.steps + 1)
   whole = layers - 1  # the clean pass needs of its last block keys and values only
+  reads = 2 * c.layers - 1 if work.holds_window else whole
   tokens = work.rows * work.chunk_tokens // work.split
   queries, width = work.rows * work.chunk_tokens, c.dim // work.split
   keys = work.rows * work.window_frames * work.tokens
@@ -147,7 +157,7 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
       layers, (Cost(0, (2 * size + turned + read) * tokens * c.dim),)
     ),
     "cache_read": Stage(
-      whole, (Cost(0, 2 * keys * width * (work.cache_itemsize + read)),)
+      reads, (Cost(0, 2 * keys * width * (work.cache_itemsize + read)),)
     ),
     "attention": Stage(whole, (attended,)),
     "output": Stage(whole, (*packed(tokens, c.dim, c.dim), residual)),
@@ -231,14 +241,16 @@ def forward_bytes(config: WanConfig, work: Work) -> float:
   Keys of the prompts, keys and values that the clean pass hands out, a layer's window
   twice (as read, and with the chunk in it), the FFN's hidden numbers twice, and about
   16 times the tokens: within 4% of what runs with plain and with NVFP4 numbers had
-  beside their weights and caches.
+  beside their weights and caches. Windows of all layers if they are held.
   """
   c, size = config, work.itemsize
   tokens = work.rows * work.chunk_tokens // work.split
   texts = 2 * c.layers * work.rows * c.text_len * c.dim * size
   kept = 2 * c.layers * tokens * c.dim * work.cache_itemsize
   window = 2 * work.rows * work.window_frames * work.tokens * c.dim // work.split
-  return texts + kept + size * (2 * window + tokens * (2 * c.ffn_dim + 16 * c.dim))
+  held = cache_bytes(config, work) if work.holds_window else 0
+  inside = size * (2 * window + tokens * (2 * c.ffn_dim + 16 * c.dim))
+  return texts + kept + held + inside
 
 
 # ------------------------------------------------------------------ training
@@ -285,6 +297,7 @@ class Convolution:
     history: input frames that are kept between calls.
     folded: nearest 2x upsampling is part of it: four kernels of 2 x 2 for a source
       pixel instead of one of 3 x 3 for each of its four outputs.
+    residual: of a residual block: in a decoder in FP8 it multiplies codes.
   """
 
   frames: int
@@ -295,6 +308,7 @@ class Convolution:
   taps: int
   history: int = 0
   folded: bool = False
+  residual: bool = False
 
   @property
   def positions(self) -> int:
@@ -328,13 +342,17 @@ class Convolution:
     """Numbers that it keeps between calls."""
     return self.history * self.rows * self.columns * self.c_in
 
+  def operand_bytes(self, precision: str, itemsize: int) -> int:
+    """Of a number that it multiplies: of inputs, state and weights."""
+    return 1 if precision and self.residual else itemsize
+
 
 def _residual_block(
   frames: int, rows: int, columns: int, c_in: int, c_out: int
 ) -> Iterator[Convolution]:
   size = (frames, rows, columns)
-  yield Convolution(*size, c_in, c_out, 27, history=2)
-  yield Convolution(*size, c_out, c_out, 27, history=2)
+  yield Convolution(*size, c_in, c_out, 27, history=2, residual=True)
+  yield Convolution(*size, c_out, c_out, 27, history=2, residual=True)
   if c_in != c_out:
     yield Convolution(*size, c_in, c_out, 1)
 
@@ -405,24 +423,32 @@ def decode_stage(
   frames: int,
   frames_per_call: int,
   itemsize: int,
+  precision: str = "",
 ) -> Stage:
   """Decoding the latent frames of a chunk, some at a time.
 
   Weights and state are read, and the state written, once a call.
+
+  Args:
+    precision: of the decoder, as the config names it; here and below.
   """
   n = videos * frames_per_call
   costs = []
   for conv in decoder_convolutions(config, y, x):
-    moved = n * (conv.input + conv.output) + conv.parameters + 2 * videos * conv.state
-    costs.append(Cost(n * conv.flops, itemsize * moved, "convolution"))
+    size = conv.operand_bytes(precision, itemsize)
+    moved = size * (n * conv.input + conv.parameters + 2 * videos * conv.state)
+    moved += itemsize * n * conv.output
+    unit = "convolution_fp8" if precision and conv.residual else "convolution"
+    costs.append(Cost(n * conv.flops, moved, unit))
   one = frame_attention(config.decoder_widths[0], y, x, itemsize)
   costs.append(Cost(n * one.flops, n * one.bytes, one.unit))
   return Stage(-(-frames // frames_per_call), tuple(costs))
 
 
-def decoder_bytes(config: VAEConfig, itemsize: int) -> float:
+def decoder_bytes(config: VAEConfig, itemsize: int, precision: str = "") -> float:
   """Of the decoder's weights; those of its norms do not show."""
-  return itemsize * sum(c.parameters for c in decoder_convolutions(config, 1, 1))
+  convolutions = decoder_convolutions(config, 1, 1)
+  return sum(c.operand_bytes(precision, itemsize) * c.parameters for c in convolutions)
 
 
 def encoder_bytes(config: VAEConfig, itemsize: int) -> float:
@@ -432,9 +458,12 @@ def encoder_bytes(config: VAEConfig, itemsize: int) -> float:
   return itemsize * sum(c.parameters for c in convolutions)
 
 
-def decoder_state_bytes(config: VAEConfig, y: int, x: int, itemsize: int) -> float:
+def decoder_state_bytes(
+  config: VAEConfig, y: int, x: int, itemsize: int, precision: str = ""
+) -> float:
   """What decoding one video remembers between calls."""
-  return itemsize * sum(c.state for c in decoder_convolutions(config, y, x))
+  convolutions = decoder_convolutions(config, y, x)
+  return sum(c.operand_bytes(precision, itemsize) * c.state for c in convolutions)
 
 
 def decoding_bytes(

@@ -52,6 +52,7 @@ class Workload:
     encoder: the VAE's encoder is in memory, too.
     plain_copy: so are the plain weights beside quantised ones (precision by step).
     adapter_parameters: of the adapters beside the weights.
+    vae_precision: of the VAE's decoder, as the config names it.
   """
 
   dit: WanConfig
@@ -67,6 +68,7 @@ class Workload:
   encoder: bool = False
   plain_copy: bool = False
   adapter_parameters: int = 0
+  vae_precision: str = ""
 
   @property
   def video_frames(self) -> int:
@@ -237,6 +239,7 @@ def decode_seconds(workload: Workload, hardware: Hardware, plan: Plan) -> float:
     frames=workload.frames_per_chunk,
     frames_per_call=min(plan.decode_frames, workload.frames_per_chunk),
     itemsize=workload.itemsize,
+    precision=workload.vae_precision,
   )
   seconds = stage.calls * hardware.floor(stage) / hardware.decode_share
   return seconds / plan.picture_devices
@@ -265,13 +268,14 @@ def memory_of(
   if vae is None:
     return memory | {"temporaries": denoising}, {}
   videos, parts = decoded_videos(workload, plan), plan.picture_devices
-  grid = (workload.y, workload.x)
-  vae_weights = costs.decoder_bytes(vae, size)
+  grid, precision = (workload.y, workload.x), workload.vae_precision
+  vae_weights = costs.decoder_bytes(vae, size, precision)
   if workload.encoder:
     vae_weights += costs.encoder_bytes(vae, size)
+  state = costs.decoder_state_bytes(vae, *grid, size, precision)
   decoder = {
     "vae": vae_weights,
-    "decoder_state": videos * costs.decoder_state_bytes(vae, *grid, size) / parts,
+    "decoder_state": videos * state / parts,
     # One chunk on its way to the host, one being made.
     "frames": 2 * workload.frame_bytes * videos / workload.batch / parts,
   }
