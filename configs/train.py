@@ -139,6 +139,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   c.quantise.stochastic = True  # rounding of gradients
   c.quantise.tiles = True  # weights in 16 x 16
   c.quantise.hadamard = True  # in the gradient of weights
+  c.quantise.centre = 0  # tokens whose mean is not quantised; 0: all is
 
   # An adapter is trained instead of the networks, beside their weights: see
   # longlive_jax/train/lora.py. Only it is saved, as model/lora and model/peft.

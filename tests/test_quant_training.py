@@ -100,6 +100,50 @@ def test_all_three_products_are_of_quantised_operands(settings, dtype):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=2e-6 * 48)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_mean_of_each_few_tokens_is_not_quantised(dtype):
+  """21 tokens in groups of 8, of which the last is short."""
+  settings = dataclasses.replace(STATIC, stochastic=False, hadamard=False, centre=8)
+  x, outer = (jnp.asarray(normal(3, 7, n, seed=n), dtype) for n in (32, 48))
+  x += jnp.asarray(normal(32, seed=2), dtype)
+  weight = jnp.asarray(normal(48, 32, seed=1), dtype)
+  y, grad_x, grad_weight = products(x, weight, outer, jax.random.key(0), settings)
+
+  rows, outer_rows = (np.asarray(a, np.float32).reshape(21, -1) for a in (x, outer))
+  short = np.pad(rows, ((0, 3), (0, 0))).reshape(3, 8, 32)
+  means = np.asarray(jnp.asarray(short.mean(1), dtype), np.float32).repeat(8, 0)[:21]
+  rest = rounded(rows - means, rule="static_6")
+  exact_weight = np.asarray(weight, np.float64)
+  forward = rest @ rounded(weight, rule="static_6", tiles=True).T
+  gradient = rounded(outer_rows, rule="static_6")
+  expected_x = gradient @ rounded(weight.T, rule="static_6", tiles=True).T
+
+  def along_tokens(rows):
+    columns = np.pad(np.asarray(rows, np.float32).T, ((0, 0), (0, 11)))
+    return rounded(jnp.asarray(columns, dtype), rule="static_6")
+
+  expected_weight = along_tokens(outer_rows) @ along_tokens(rest).T
+  tolerance = 1e-6 if dtype == "float32" else 2**-8
+  for found, expected, like in (
+    (y, (forward + means @ exact_weight.T).reshape(3, 7, 48), x),
+    (grad_x, expected_x.reshape(3, 7, 32), x),
+    (grad_weight, expected_weight + outer_rows.T @ means, weight),
+  ):
+    assert found.dtype == like.dtype
+    found = np.asarray(found, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=4e-6 * 48)
+
+
+def test_tokens_that_are_all_alike_are_multiplied_in_float():
+  """Forward and in the gradient of the weight."""
+  settings = dataclasses.replace(STATIC, centre=16)
+  x, outer = np.tile(normal(1, 32), (32, 1)), normal(32, 48, seed=2)
+  weight = normal(48, 32, seed=1)
+  y, _, grad_weight = products(x, weight, outer, jax.random.key(0), settings)
+  np.testing.assert_allclose(y, x @ weight.T, atol=2e-5)
+  np.testing.assert_allclose(grad_weight, outer.T @ x, atol=1e-4)
+
+
 def test_the_products_are_near_those_of_floats():
   x, weight, outer = normal(128, 64), normal(96, 64, seed=1), normal(128, 96, seed=2)
   found = products(x, weight, outer, jax.random.key(0), NEAREST)
@@ -236,6 +280,8 @@ def test_every_layer_has_a_key_of_its_own():
 def test_refusals():
   with pytest.raises(ValueError, match="rule='best' is unknown"):
     TrainingSettings(gradient="best")
+  with pytest.raises(ValueError, match="centre=-1 must not be negative; use 16"):
+    TrainingSettings(centre=-1)
   layers = {"a": linear.Linear(32, 24, rngs=nnx.Rngs(0))}
   prepare = functools.partial(
     training.prepare_training, settings=NEAREST, key=jax.random.key(0)

@@ -6,6 +6,11 @@
   grad_weight   Q(gy^T R) Q(x^T R)^T  blocks along tokens,          gy^T Q(x)
                                       R the Hadamard rotation
 
+NVFP4 may split off means first (`centre`): activations have a part that tokens near
+each other share, and a mean M costs few rows in float but needs no bits of every token:
+
+  y = Q(x - M) Q(W)^T + M W^T         grad_weight likewise
+
 Master weights stay in floating point. The gradient takes every rounding for the
 identity. In NVFP4 gradients are rounded stochastically, so that small ones do not
 vanish. In FP8 x and W have a scale for every row, and the backward pass multiplies in
@@ -42,6 +47,8 @@ class TrainingSettings:
     tiles: one scale for 16 x 16 weights, so that the transposed weight of the backward
       pass has the numbers of the forward pass.
     hadamard: rotate both operands of grad_weight, which spreads outliers.
+    centre: of how many consecutive tokens the mean is split off x; 0 is none. One more
+      product of 1 / centre of the rows is in floating point, forward and backward.
     mesh_axes: inside shard_map, those over which tokens are spread. They share the
       tensor scales of all tokens; stochastic rounding has draws of its own on each
       device.
@@ -53,11 +60,16 @@ class TrainingSettings:
   stochastic: bool = True
   tiles: bool = True
   hadamard: bool = True
+  centre: int = 0
   mesh_axes: tuple[str, ...] = ()
 
   def __post_init__(self):
     for name in (self.activation, self.weight, self.gradient):
       nvfp4.rule_of(name)
+    if self.centre < 0:
+      raise ValueError(
+        f"centre={self.centre} must not be negative; use 16, or 0 for no means"
+      )
 
   def spread(self, mesh_axes: tuple[str, ...]) -> "TrainingSettings":
     """For use inside shard_map, with tokens spread over these axes."""
@@ -171,22 +183,30 @@ def training_product(
 
 def _forward(
   x: Array, weight: Array, key: Array, settings: TrainingSettings
-) -> tuple[Array, tuple[NVFP4Array, Array, Array]]:
+) -> tuple[Array, tuple[NVFP4Array, Array | None, Array, Array]]:
   rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+  means = None
+  if settings.centre:
+    # In the dtype of x, in which they are multiplied: what that loses is in the rest.
+    means = (_sums(rows, settings.centre) / settings.centre).astype(x.dtype)
+    rows = rows.astype(jnp.float32) - _for_tokens(means, settings.centre, len(rows))
   packed = nvfp4_quantise.quantise(
     rows, rule=settings.activation, amax=_shared_amax(rows, settings)
   )
-  y = product(packed, _quantise_weight(weight, settings)).astype(x.dtype)
+  y = product(packed, _quantise_weight(weight, settings))
+  if means is not None:
+    shared = jnp.matmul(means, weight.T, preferred_element_type=jnp.float32)
+    y += _for_tokens(shared, settings.centre, len(rows))
   # Kept for the backward pass: 4.5 bits of an activation instead of all.
-  return y.reshape(*x.shape[:-1], -1), (packed, weight, key)
+  return y.astype(x.dtype).reshape(*x.shape[:-1], -1), (packed, means, weight, key)
 
 
 def _backward(
   settings: TrainingSettings,
-  kept: tuple[NVFP4Array, Array, Array],
+  kept: tuple[NVFP4Array, Array | None, Array, Array],
   gradient: Array,
 ) -> tuple[Array, Array, None]:
-  packed, weight, key = kept
+  packed, means, weight, key = kept
   if settings.mesh_axes:
     key = jax.random.fold_in(key, lax.axis_index(settings.mesh_axes))
   input_key, weight_key = jax.random.split(key) if settings.stochastic else (None, None)
@@ -201,11 +221,25 @@ def _backward(
     _quantise_tokens(rows, settings.gradient, weight_key, settings),
     _quantise_tokens(x, settings.activation, None, settings),
   )
+  if means is not None:
+    sums = _sums(rows, settings.centre)
+    grad_weight += jnp.matmul(sums.T, means, preferred_element_type=jnp.float32)
   grad_input = grad_input.astype(gradient.dtype).reshape(*gradient.shape[:-1], -1)
   return grad_input, grad_weight.astype(weight.dtype), None
 
 
 training_product.defvjp(_forward, _backward)
+
+
+def _sums(rows: Array, count: int) -> Array:
+  """Of each `count` consecutive rows, float32; the last may be of fewer."""
+  rows = jnp.pad(rows.astype(jnp.float32), ((0, -len(rows) % count), (0, 0)))
+  return jnp.sum(rows.reshape(-1, count, rows.shape[-1]), axis=1)
+
+
+def _for_tokens(groups: Array, count: int, tokens: int) -> Array:
+  """The row of its group of `count` for each token."""
+  return jnp.repeat(groups, count, axis=0)[:tokens]
 
 
 def _quantise_weight(weight: Array, settings: TrainingSettings) -> NVFP4Array:

@@ -83,7 +83,7 @@ def linear(case: Case) -> Result:
 def training(case: Case) -> Result:
   """Forward and backward, gradients rounded to nearest."""
   settings = TrainingSettings(
-    stochastic=False, tiles=case.record.get("weight_scale_2d", False)
+    stochastic=False, tiles=case.record.get("weight_scale_2d", False), centre=0
   )
   weights = {name: jnp.asarray(array) for name, array in case.weights().items()}
 
