@@ -20,8 +20,6 @@ import dataclasses
 import fnmatch
 import itertools
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
+from variants import choose, detecting_pool, table
 
 from longlive_jax.data import detectors, toy_world
 from longlive_jax.data.detectors import Detection
@@ -340,25 +339,9 @@ def scores(
   return row
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-  """Markdown: one row a variant."""
-  names = list(next(iter(rows.values())))
-  lines = ["| variant | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-  for variant, row in rows.items():
-    cells = [
-      f"{value:.3f}" if "error" in name or "amount" in name else f"{100 * value:.1f}%"
-      for name, value in row.items()
-    ]
-    lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
-
-
 def chosen_variants(patterns: Sequence[str]) -> list[str]:
   """Names that fit a pattern, the baseline first; all are compared with it."""
-  fits = [n for n in VARIANTS if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-  if not fits:
-    raise ValueError(f"only={list(patterns)} fits none of {', '.join(VARIANTS)}")
-  return [BASELINE, *(name for name in fits if name != BASELINE)]
+  return choose(patterns, VARIANTS, BASELINE)
 
 
 def main(argv: list[str]) -> None:
@@ -377,13 +360,9 @@ def main(argv: list[str]) -> None:
     for i in range(_VIDEOS.value)
   ]
   batch = min(_BATCH.value, len(scenes))
-  # spawn: forking a process in which JAX runs threads can deadlock.
-  pool = concurrent.futures.ProcessPoolExecutor(
-    os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-  )
   rows: dict[str, dict[str, float]] = {}
   baseline = None
-  with pool:
+  with detecting_pool() as pool:
     for name in names:
       outcome = run(
         nets, VARIANTS[name], sampling, scenes, batch, config.height, pool

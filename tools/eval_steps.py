@@ -19,14 +19,10 @@ not. An adapter of the next larger number serves where a number has none of its 
 (the one of 4 steps also makes 3).
 """
 
-import concurrent.futures
 import dataclasses
-import fnmatch
 import functools
 import itertools
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +32,7 @@ import eval_toy
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
+from variants import choose, detecting_pool, table
 
 from longlive_jax.data import detectors, scores, toy_world
 from longlive_jax.data.detectors import Detection
@@ -119,10 +116,7 @@ def chosen_variants(
 ) -> dict[str, Variant]:
   """Those whose names fit a pattern, the teacher first; all are compared with it."""
   known = variants(adapters)
-  fits = [n for n in known if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
-  if not fits:
-    raise ValueError(f"only={list(patterns)} fits none of {', '.join(known)}")
-  return {name: known[name] for name in (TEACHER, *fits)}
+  return {name: known[name] for name in choose(patterns, known, TEACHER)}
 
 
 def shot_scores(
@@ -151,19 +145,6 @@ def minute_scores(
   }
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-  """Markdown: one row a variant."""
-  names = list(next(iter(rows.values())))
-  lines = ["| variant | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-  for variant, row in rows.items():
-    cells = [
-      f"{value:.3f}" if "drift" in name or "amount" in name else f"{100 * value:.1f}%"
-      for name, value in row.items()
-    ]
-    lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
-
-
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
@@ -184,10 +165,7 @@ def main(argv: list[str]) -> None:
   )  # fmt: skip
   rows: dict[str, dict[str, float]] = {}
   pixels = 0.0
-  # spawn: forking a process in which JAX runs threads can deadlock.
-  with concurrent.futures.ProcessPoolExecutor(
-    os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-  ) as pool:
+  with detecting_pool() as pool:
     for name, variant in chosen.items():
       settings = config.copy_and_resolve_references()
       settings.update(steps=variant.steps, **dict(variant.settings))

@@ -29,8 +29,6 @@ The table is printed, and written with all settings to --out.
 import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,6 +39,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
+from variants import detecting_pool
 
 from longlive_jax.data import detectors, scores, toy_world
 from longlive_jax.data.detectors import Detection
@@ -334,12 +333,8 @@ def main(argv: list[str]) -> None:
   out = Path(_OUT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
   nets = load_networks(config)
-  # spawn: forking a process in which JAX runs threads can deadlock.
-  pool = concurrent.futures.ProcessPoolExecutor(
-    os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-  )
   results: dict[str, dict[str, dict[str, float]]] = {}
-  with pool:
+  with detecting_pool() as pool:
     for test in _TESTS.value:
       results[test] = {}
       for sinks in ("on", "off"):

@@ -4,6 +4,7 @@ A generated video is a list of `Detection`, one a shot; its scene says what shou
 there. Scores are shares, 0 to 1, but for `drift` and PIXELS.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -78,13 +79,9 @@ def score_later_shots(
   scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]
 ) -> dict[str, float]:
   """Shares of later shots whose background and motion are those of their caption."""
-  right = [
-    detectors.matches(detection, scene.subject, shot)
-    for scene, row in zip(scenes, found, strict=True)
-    for shot, detection in list(zip(scene.shots, row, strict=True))[1:]
-  ]
-  names = ("background", "motion")
-  return {f"later {name}": share(r[name] for r in right) for name in names}
+  later = [dataclasses.replace(scene, shots=scene.shots[1:]) for scene in scenes]
+  right = score_all_shots(later, [row[1:] for row in found])
+  return {f"later {name}": right[name] for name in ("background", "motion")}
 
 
 def motion_of(found: Sequence[Sequence[Detection]]) -> dict[str, float]:
