@@ -48,11 +48,14 @@ class Shelf:
   def check_room(self, more: int) -> None:
     """Looks at all files. Raises OSError if so many bytes more are too many."""
     self._used = self._measure()
-    if not self._fits(more):
+    self._check(more)
+
+  def _check(self, more: int) -> None:
+    free = shutil.disk_usage(self._folder).free
+    if more > min(free, self._most - self._used):
       raise OSError(
         f"{more / 1e6:,.1f} MB do not fit: {self._used / 1e6:,.1f} MB of "
-        f"{self._most / 1e6:,.1f} are used, {self._free() / 1e6:,.1f} MB of the disk "
-        "are free"
+        f"{self._most / 1e6:,.1f} are used, {free / 1e6:,.1f} MB of the disk are free"
       )
 
   def _measure(self) -> int:
@@ -62,21 +65,14 @@ class Shelf:
         used += file.stat().st_size
     return used
 
-  def _fits(self, more: int) -> bool:
-    return more <= min(self._free(), self._most - self._used)
-
-  def _free(self) -> int:
-    return shutil.disk_usage(self._folder).free
-
   # ---------------------------------------------------------------- chunks
   def keep_chunk(self, session: str, index: int, media: bytes) -> str:
     """Writes one chunk; its file name. Raises OSError, also where it does not fit.
 
     What is used is what the last look at all files found, and the chunks since: a look
-    for every chunk would take longer than the chunk.
+    for every chunk would take longer than the chunk. Whatever deletes looks again.
     """
-    if not self._fits(len(media)):
-      self.check_room(len(media))  # something may have been deleted since
+    self._check(len(media))
     folder = self._path(session, "chunks")
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{index:06d}-{secrets.token_hex(4)}.mp4"
@@ -111,6 +107,7 @@ class Shelf:
     for path in folder.iterdir() if folder.is_dir() else ():
       if path.name not in kept:
         path.unlink(missing_ok=True)
+    self._used = self._measure()
 
   # ---------------------------------------------------------------- states
   def save(self, engine: Engine, session: str, state: Session, record: Record) -> None:
@@ -159,6 +156,7 @@ class Shelf:
   def drop(self, session: str) -> None:
     """Deletes a session."""
     shutil.rmtree(self._path(session), ignore_errors=True)
+    self._used = self._measure()
 
   def _path(self, session: str, *parts: str) -> Path:
     return self._folder.joinpath(check_session(session), *parts)
