@@ -129,7 +129,9 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
 
   # Low precision of the products with weights; master weights stay float32.
   c.quantise = ml_collections.ConfigDict()
-  c.quantise.mode = ""  # or 'nvfp4', forward and backward; 'fp8', forward
+  # 'nvfp4', forward and backward, or 'fp8', forward. The options of that name set what
+  # trains best beside it.
+  c.quantise.mode = ""
   c.quantise.layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
   c.quantise.plain_edges = 0  # first and last blocks that are not quantised
   # Of NVFP4:

@@ -77,6 +77,16 @@ def test_peaks_of_a_run(tmp_path):
   assert "peak_bytes_after_5_chunks" in figures and "stages" not in figures
 
 
+def test_layers_one_by_one_and_a_decoder_in_eight_bits(tmp_path):
+  figures = figures_of(
+    tmp_path, *FEW, "--precision=fp8", "--kv_format=e4m3", "--attention_format=fp8",
+    "--unroll", "--vae_precision=fp8", "--memory_only",
+  )  # fmt: skip
+  assert figures["unroll"] and figures["vae_precision"] == "fp8"
+  for part in ("transformer", "cache", "vae", "decoder_state"):
+    assert figures["bytes"][part]["float8_e4m3fn"] > 0
+
+
 def test_too_few_chunks(tmp_path):
   with pytest.raises(ValueError, match="chunks=4 must be more than the 4 that fill"):
     figures_of(tmp_path, "--chunks=4")

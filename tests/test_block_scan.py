@@ -19,6 +19,7 @@ from longlive_jax.generate.cached_forward import cached_forward, can_hold
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import kv_cache
 from longlive_jax.models import block_scan, dit
+from longlive_jax.parallel import costs
 from longlive_jax.quant import weights
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -151,15 +152,30 @@ def chunk_of(frames: np.ndarray, sampling: Sampling) -> sampler.ChunkInputs:
 
 @pytest.mark.parametrize(
   "changes",
-  [{"kv_format": "nvfp4"}, {"attention_format": ""}, {"relative_rope": True}],
+  [
+    {},
+    {"kv_format": "nvfp4"},
+    {"attention_format": ""},
+    {"kv_format": "", "attention_format": ""},
+    {"relative_rope": True},
+  ],
 )
 def test_what_is_not_attended_as_it_is_stored_is_not_held(changes):
   settings = {"kv_format": "e4m3", "attention_format": "fp8"} | changes
   lengths = {"frames_per_chunk": N, "window_frames": 3 * N, "sink_frames": N}
   sampling = Sampling(**lengths, **settings)
   network = jax.eval_shape(block_scan.unrolled, ABSTRACT)
-  cache = jax.eval_shape(lambda: sampler.init_cache(network, sampling, 1, Y, X))
-  assert not can_hold(network, cache, sampling.attention_format)
+  cache = sampler.init_cache(network, sampling, 1, Y, X)
+  found = can_hold(network, cache, sampling.attention_format)
+  formats = sampling.kv_format, sampling.attention_format
+  work = costs.Work(
+    1, N, 3 * N, 4, 4, 4, "fp8", *formats, unrolled=not sampling.relative_rope
+  )
+  assert found == work.holds_windows == (not changes)
+  if found:
+    assert not can_hold(ABSTRACT, cache, "fp8")
+    attended = dataclasses.replace(cache.rules, window_frames=2 * N)
+    assert not can_hold(network, dataclasses.replace(cache, rules=attended), "fp8")
 
 
 def test_a_network_is_unrolled_while_it_is_loaded(tmp_path):

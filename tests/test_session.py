@@ -33,7 +33,7 @@ from longlive_jax.generate.commands import (
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.scheduler import Scheduler
 from longlive_jax.layers import kv_slots
-from longlive_jax.models import dit, vae
+from longlive_jax.models import dit, vae, vae_fp8
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -530,5 +530,11 @@ def test_a_saved_session_needs_its_settings(plain, networks, tmp_path):
   other = engine_of(networks, dataclasses.replace(SAMPLING, steps=3))
   with pytest.raises(ValueError, match="was made with steps=2, but the engine has 3"):
     saved_sessions.load(other, tmp_path / "a")
+  # Else numbers would become codes without their scale, in silence.
+  eight = dataclasses.replace(
+    plain, video_vae=vae_fp8.quantise_decoder(plain.video_vae)
+  )
+  with pytest.raises(ValueError, match="with vae_precision='', but the engine has 'fp"):
+    saved_sessions.load(eight, tmp_path / "a")
   with pytest.raises(FileNotFoundError, match="no checkpoint at"):
     saved_sessions.load(plain, tmp_path / "b")

@@ -57,7 +57,7 @@ def test_codes_of_inputs_and_what_is_too_large_for_them():
   weight = with_codes(tiny_conv(), [16.0, 1.0, 1.0]).weight.get_value()
   scale = float(weight.input_scale)
   x = jnp.array([0.0, 1.0, -1.3, 1e9, -jnp.inf, jnp.nan])
-  codes = vae_blocks.held(weight, x)
+  codes = vae_blocks.read_by(weight, x)
   assert codes.dtype == weight.dtype == jnp.float8_e4m3fn
   numbers = np.asarray(codes, np.float32) * scale
   largest = fp8.LARGEST * scale
@@ -78,7 +78,7 @@ def test_convolution_of_codes_is_that_of_their_numbers(dtype):
   )
   assert history.dtype == jnp.float8_e4m3fn and y.dtype == dtype
 
-  numbers = vae_blocks.held(weight, x).astype(jnp.float32) * weight.input_scale
+  numbers = vae_blocks.read_by(weight, x).astype(jnp.float32) * weight.input_scale
   conv = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), conv)
   conv.weight[...] = fp8.dequantise(weight.weight)
   want, past = jax.jit(vae_blocks.causal_conv)(

@@ -64,7 +64,9 @@ _DTYPE = flags.DEFINE_enum(
 _DECODE_FRAMES = flags.DEFINE_integer(
   "decode_frames", 1, "Latent frames a decode.", flag_values=_FLAGS
 )
-_UNROLL = flags.DEFINE_boolean("unroll", False, "Layers one by one.")
+_UNROLL = flags.DEFINE_boolean(
+  "unroll", False, "Layers one by one.", flag_values=_FLAGS
+)
 _DECODE_TILES = flags.DEFINE_integer(
   "decode_tiles", 1, "Tiles of its last stages.", flag_values=_FLAGS
 )
@@ -210,6 +212,7 @@ def stages(figures, model, video_vae, sampling, y, x) -> dict[str, Any]:
     steps=sampling.steps,
     itemsize=size,
     vae_precision=_VAE_PRECISION.value,
+    unrolled=_UNROLL.value,
   )
   settings = plan.Plan(
     sequence_devices=_SEQUENCE_DEVICES.value,

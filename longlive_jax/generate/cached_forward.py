@@ -44,7 +44,8 @@ def cached_forward(
     text: embedded text (b, segments, text_len, D), or keys of it.
     temporal: rotation of the chunk's frames (b, f, pairs); unused when the cache
       rotates by window position.
-    held: windows to attend instead of the cache's slots, see `can_hold`.
+    held: windows to attend instead of the cache's slots, see `can_hold`; `full` is then
+      True, and nothing is kept.
     full: whether all frames of the window are attended, where that is known.
     t_scale: factor on window positions (relative RoPE). attention_format: see Sampling.
     keep: hand out the chunk's keys and values for `kv_cache.commit`.
@@ -135,21 +136,16 @@ def can_hold(
 ) -> bool:
   """Whether windows can be taken out of the cache: `kv_cache.hold`.
 
-  If the network is unrolled, slots are attended as they are stored, all of them, and
-  attention takes a whole window.
+  If the network is unrolled and slots are attended as they are stored, in 8 bits, and
+  all of them. (In 16 bits windows would take twice the memory.)
   """
   rules, reads = cache.rules, _reads(model, attention_format)
   return (
     len(block_scan.block_runs(model)) == model.config.layers
     and rules.window_frames == cache.frame.shape[1]
     and not rules.relative_rope
-    and all(
-      isinstance(slots, Array) and slots.dtype == reads for slots in (cache.k, cache.v)
-    )
-    and (
-      bool(attention_format)
-      or attention.default_implementation(model.dtype) == "cudnn"
-    )
+    and reads == jnp.float8_e4m3fn
+    and all(isinstance(a, Array) and a.dtype == reads for a in (cache.k, cache.v))
   )
 
 

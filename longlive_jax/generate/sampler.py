@@ -300,7 +300,14 @@ def denoise_chunk(
   placement = kv_cache.place(cache, rows(chunk.frames))
   temporal = rows(chunk.temporal)
 
-  def velocity(model, text, latents, features, held, full):
+  def velocity(
+    model: dit.CausalDiT,
+    text: dit.TextKeys,
+    latents: Array,
+    features: Array,
+    held: list[kv_cache.Held] | None,
+    full: bool | None,
+  ) -> tuple[Array, list[kv_cache.Held] | None]:
     # Given frames are clean: their timestep is 0 in every pass.
     time = jnp.where(chunk.known[:, :, None], times[-1], features)
     v, held = cached_forward(
@@ -324,7 +331,9 @@ def denoise_chunk(
     positive, negative = v[0::2], v[1::2]
     return negative + sampling.guidance * (positive - negative), held
 
-  def step(model, text, full, carried, row):
+  def step(
+    model: dit.CausalDiT, text: dit.TextKeys, full: bool | None, carried, row
+  ):
     (state, held), (solver_row, features) = carried, row
     clamped = jnp.where(known, chunk.given, state.x)
     state = dataclasses.replace(state, x=clamped)

@@ -19,6 +19,7 @@ from longlive_jax.generate.engine import Engine
 from longlive_jax.generate.history import History, Latents, Step
 from longlive_jax.generate.script import Blend, Made, Mix, Script
 from longlive_jax.generate.session import Session
+from longlive_jax.models import vae_fp8
 
 
 def save(
@@ -81,10 +82,11 @@ def load(engine: Engine, path: str | Path) -> Session:
       networks or with other settings.
   """
   record = _record(path)["session"]
+  settings = {"vae_precision": "", **record["settings"]}  # older ones do not say
   for name, value in _settings(engine).items():
-    if record["settings"].get(name) != value:
+    if settings.get(name) != value:
       raise ValueError(
-        f"session={path} was made with {name}={record['settings'].get(name)!r}, but "
+        f"session={path} was made with {name}={settings.get(name)!r}, but "
         f"the engine has {value!r}; start it with the settings of the session"
       )
   y, x, c = engine.latent_shape
@@ -143,6 +145,7 @@ def _settings(engine: Engine) -> dict[str, Any]:
     "width": engine.width,
     "dtype": str(engine.model.dtype),
     "model": dataclasses.asdict(engine.model.config),
+    "vae_precision": vae_fp8.precision_of(engine.video_vae),
   }
   return json.loads(json.dumps(settings))  # which has lists where there were tuples
 

@@ -41,7 +41,12 @@ def through(
 
   Returns:
     x or None, and what the layers handed out, stacked, run by run; see `join`.
+
+  Raises:
+    ValueError: a list of states for runs of several layers.
   """
+  if isinstance(layers, list) and len(layers) != len(runs):
+    raise ValueError(f"{len(layers)} states of layers need as many runs: {len(runs)}")
   pieces, first = [], 0
   one = jax.jit(step)  # traced once for all runs of one layer
 

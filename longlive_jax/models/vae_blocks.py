@@ -78,7 +78,7 @@ def _conv2d(x: jax.Array, weight: jax.Array, stride: int, padding) -> jax.Array:
 
 
 @functools.singledispatch
-def held(weight: Any, x: jax.Array) -> jax.Array:
+def read_by(weight: Any, x: jax.Array) -> jax.Array:
   """Input x as a causal convolution with this weight keeps and reads it."""
   return x
 
@@ -89,7 +89,7 @@ def convolved(weight: Any, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
   Args:
     weight: (o, ky, kx, kt, i).
-    x: (n, y, x, kt i), as `held` gives them.
+    x: (n, y, x, kt i), as `read_by` gives them.
     dtype: of what comes out.
 
   Returns:
@@ -117,7 +117,7 @@ def causal_conv(
   Args:
     conv: weight (o, k, k, kt, i).
     x: (b, t, y, x, i).
-    history: (b, h, y, x, i), the input frames before x, as the weight `held` them.
+    history: (b, h, y, x, i), the input frames before x, as `read_by` gives them.
     keep: (b, t, 1, 1, 1) bool; other frames of x are replaced by zeros.
     stride: step in time.
 
@@ -127,7 +127,7 @@ def causal_conv(
   """
   weight = conv.weight.get_value()
   kt = weight.shape[3]
-  x = held(weight, jnp.where(keep, x, jnp.zeros((), x.dtype)))
+  x = read_by(weight, jnp.where(keep, x, jnp.zeros((), x.dtype)))
   x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
   b, total = x.shape[:2]
   t = (total - kt) // stride + 1

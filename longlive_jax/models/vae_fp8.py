@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.models.vae import VideoVAE
-from longlive_jax.models.vae_blocks import ResidualBlock, convolve, convolved, held
+from longlive_jax.models.vae_blocks import ResidualBlock, convolve, convolved, read_by
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import FP8Array
 
@@ -70,6 +70,12 @@ def apply(model: VideoVAE, precision: str) -> VideoVAE:
   return quantise_decoder(model) if precision else model
 
 
+def precision_of(model: VideoVAE) -> str:
+  """Which of PRECISIONS the decoder has."""
+  values = (block.conv1.weight.get_value() for block in _blocks(model))
+  return "fp8" if any(isinstance(value, ConvW8A8) for value in values) else ""
+
+
 def quantise_decoder(model: VideoVAE) -> VideoVAE:
   """The VAE with the residual blocks of its decoder in FP8.
 
@@ -108,7 +114,7 @@ def quantise(weight: Array, gamma: Array) -> ConvW8A8:
   return ConvW8A8(fp8.quantise(weight, batch_axes=1), scale)
 
 
-@held.register
+@read_by.register
 def _(weight: ConvW8A8, x: Array) -> Array:
   return fp8.cast(x * (1 / weight.input_scale).astype(x.dtype))
 

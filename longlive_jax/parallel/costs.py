@@ -30,8 +30,7 @@ class Cost:
     flops: operations.
     bytes: read and written.
     unit: what bounds the operations, a rate of `hardware.Hardware`: 'matrix',
-      'matrix_fp8', 'matrix_fp4', 'attention', 'attention_fp8', 'convolution' or
-      'convolution_fp8'.
+      'matrix_fp8', 'matrix_fp4', 'attention', 'attention_fp8' or 'convolution'.
   """
 
   flops: float
@@ -70,6 +69,7 @@ class Work:
     precision, kv_format: of weights and of cache, as the config names them.
     attention_format: '', or 'fp8' for attention to the window in 8 bits.
     split: devices that share the tokens of a chunk; in attention, its heads.
+    unrolled: layers are run one by one, with positions that do not change.
   """
 
   rows: int
@@ -82,6 +82,7 @@ class Work:
   kv_format: str = ""
   attention_format: str = ""
   split: int = 1
+  unrolled: bool = False
 
   @property
   def chunk_tokens(self) -> int:
@@ -93,12 +94,10 @@ class Work:
     return CACHE_BITS.get(self.kv_format, 8 * self.itemsize) / 8
 
   @property
-  def holds_window(self) -> bool:
-    """Whether the window is copied once a chunk (`cached_forward.can_hold`), as far as
-    a plan tells: in FP8, with `unroll='auto'` on a GPU."""
-    return (self.precision, self.kv_format, self.attention_format) == (
-      "fp8", "e4m3", "fp8"
-    )  # fmt: skip
+  def holds_windows(self) -> bool:
+    """Whether they are copied once a chunk, see `cached_forward.can_hold`."""
+    formats = self.kv_format, self.attention_format
+    return self.unrolled and formats == ("e4m3", "fp8")
 
   @property
   def weight_itemsize(self) -> float:
@@ -112,7 +111,7 @@ def transformer_stages(config: WanConfig, work: Work) -> dict[str, Stage]:
   c, size = config, work.itemsize
   passes, layers = work.steps + 1, c.layers * (work.steps + 1)
   whole = layers - 1  # the clean pass needs of its last block keys and values only
-  reads = 2 * c.layers - 1 if work.holds_window else whole
+  reads = 2 * c.layers - 1 if work.holds_windows else whole
   tokens = work.rows * work.chunk_tokens // work.split
   queries, width = work.rows * work.chunk_tokens, c.dim // work.split
   keys = work.rows * work.window_frames * work.tokens
@@ -248,7 +247,7 @@ def forward_bytes(config: WanConfig, work: Work) -> float:
   texts = 2 * c.layers * work.rows * c.text_len * c.dim * size
   kept = 2 * c.layers * tokens * c.dim * work.cache_itemsize
   window = 2 * work.rows * work.window_frames * work.tokens * c.dim // work.split
-  held = cache_bytes(config, work) if work.holds_window else 0
+  held = cache_bytes(config, work) if work.holds_windows else 0
   inside = size * (2 * window + tokens * (2 * c.ffn_dim + 16 * c.dim))
   return texts + kept + held + inside
 
@@ -438,8 +437,7 @@ def decode_stage(
     size = conv.operand_bytes(precision, itemsize)
     moved = size * (n * conv.input + conv.parameters + 2 * videos * conv.state)
     moved += itemsize * n * conv.output
-    unit = "convolution_fp8" if precision and conv.residual else "convolution"
-    costs.append(Cost(n * conv.flops, moved, unit))
+    costs.append(Cost(n * conv.flops, moved, "convolution"))
   one = frame_attention(config.decoder_widths[0], y, x, itemsize)
   costs.append(Cost(n * one.flops, n * one.bytes, one.unit))
   return Stage(-(-frames // frames_per_call), tuple(costs))

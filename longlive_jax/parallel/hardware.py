@@ -10,9 +10,6 @@ import jax
 from longlive_jax.parallel.costs import Stage
 
 GB = 1e9
-# Convolutions of codes against 16-bit ones: what an H200 gained at the widths of the
-# Wan2.2 decoder (256, 512, 1024 channels, frames side by side: 883 to 900e12).
-FP8_CONVOLUTIONS = 1.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +45,6 @@ class Hardware:
   decode_share: float
   count: int = 1
   shared: bool = False
-
-  @property
-  def convolution_fp8(self) -> float:
-    """Operations a second."""
-    return FP8_CONVOLUTIONS * self.convolution
 
   def floor(self, stage: Stage) -> float:
     """Seconds of one call if nothing but these rates stood in its way."""

@@ -53,6 +53,7 @@ class Workload:
     plain_copy: so are the plain weights beside quantised ones (precision by step).
     adapter_parameters: of the adapters beside the weights.
     vae_precision: of the VAE's decoder, as the config names it.
+    unrolled: as of `costs.Work`.
   """
 
   dit: WanConfig
@@ -69,6 +70,7 @@ class Workload:
   plain_copy: bool = False
   adapter_parameters: int = 0
   vae_precision: str = ""
+  unrolled: bool = False
 
   @property
   def video_frames(self) -> int:
@@ -172,6 +174,7 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     kv_format=plan.kv_format,
     attention_format=plan.attention_format,
     split=plan.sequence_devices,
+    unrolled=workload.unrolled,
   )
 
 

@@ -49,6 +49,8 @@ class TrainingSettings:
     hadamard: rotate both operands of grad_weight, which spreads outliers.
     centre: of how many consecutive tokens the mean is split off x; 0 is none. One more
       product of 1 / centre of the rows is in floating point, forward and backward.
+      (Of a device's own tokens: as many as it has must be a multiple for the numbers of
+      one device.)
     mesh_axes: inside shard_map, those over which tokens are spread. They share the
       tensor scales of all tokens; stochastic rounding has draws of its own on each
       device.
@@ -188,7 +190,8 @@ def _forward(
   means = None
   if settings.centre:
     # In the dtype of x, in which they are multiplied: what that loses is in the rest.
-    means = (_sums(rows, settings.centre) / settings.centre).astype(x.dtype)
+    counts = _sums(jnp.ones((len(rows), 1)), settings.centre)
+    means = (_sums(rows, settings.centre) / counts).astype(x.dtype)
     rows = rows.astype(jnp.float32) - _for_tokens(means, settings.centre, len(rows))
   packed = nvfp4_quantise.quantise(
     rows, rule=settings.activation, amax=_shared_amax(rows, settings)
