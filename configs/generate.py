@@ -73,7 +73,7 @@ def get_config(arg: str = "toy") -> ml_collections.ConfigDict:
   # checkpoint as it is, quantised or not. `kv_format` is that of the cache: 'nvfp4',
   # 'fp8' with a scale a frame, or 'e4m3' without, as `attention_format` 'fp8' reads it.
   # Rules and smoothing are those of NVFP4. `vae_precision` 'fp8' quantises the VAE's
-  # decoder while it is loaded, for the 8-bit convolutions of Hopper and newer.
+  # decoder while it is loaded; its state takes half the memory.
   config.precision = ""
   config.precision_rule = "mse"  # nearest to plain weights: README, "In 4 bits"
   config.precision_layers = ("blocks/*_attn/[qkvo]", "blocks/*ffn/fc[12]")
