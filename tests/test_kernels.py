@@ -92,6 +92,22 @@ def test_special_numbers(run, rule):
   assert not np.any(got.codes[1]) and not np.any(np.asarray(got.scales[1], np.float32))
 
 
+@pytest.mark.parametrize("rule", ["mse", "mae"])
+def test_four_over_six_where_errors_are_equal_or_nearly_so(run, rule):
+  """Of programs of 128 blocks some need exact errors in many blocks, some in none."""
+  rng = np.random.default_rng(2)
+  plain = rng.standard_normal((1280, 16), np.float32)
+  alone = np.where(np.arange(16) == 3, plain, 0.0)
+  equal = np.broadcast_to(plain[:, :1], plain.shape)
+  grid = rng.choice([*nvfp4.E2M1, 4.5, 9.0], plain.shape) * plain[:, :1]
+  tiny = plain * np.exp2(rng.integers(-26, -8, (1280, 1)))
+  x = np.stack([plain, alone, equal, grid, tiny, 0 * plain])[:, None]
+  x[:, 0, 0, 0] = 6.0  # every kind of blocks has the same tensor scale
+  x = jnp.asarray(x, jnp.float32)
+  want = expected(nvfp4.quantise, x, rule=rule, batch_axes=1)
+  assert_same(run(quantise, x, rule=rule, **PLAIN), want)
+
+
 def test_what_is_larger_than_a_given_amax_is_cut_off(run):
   x = keys(jnp.bfloat16)
   amax = jnp.array([0.75, 100.0], jnp.float32)

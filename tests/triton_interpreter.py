@@ -25,10 +25,12 @@ DTYPES = {
   "uint8": "u8",
   "float8_e4m3fn": "fp8e4nv",
 }
-# Those of kernels/approximate.py, float32.
+# Those of kernels/approximate.py, and blocks.py's rounded inverse; float32.
 INSTRUCTIONS = {
   "ex2.approx.ftz.f32 $0, $1;": np.exp2,
   "rcp.approx.ftz.f32 $0, $1;": np.reciprocal,
+  "{ .reg .f32 y, e; rcp.approx.ftz.f32 y, $1; neg.f32 e, $1; "
+  "fma.rn.f32 e, e, y, 0f3F800000; fma.rn.f32 $0, e, y, y; }": np.reciprocal,
 }
 
 

@@ -221,7 +221,8 @@ def _rotate(a, b, SIGNS: tl.constexpr):
   b = tl.where((SIGNS >> (lane + 8)) & 1 != 0, -b, b)
   a = _butterfly(_butterfly(_butterfly(a, 1), 2), 4)
   b = _butterfly(_butterfly(_butterfly(b, 1), 2), 4)
-  return (a + b) * 0.25, (a - b) * 0.25
+  a = a * 0.25
+  return tl.fma(b, 0.25, a), tl.fma(b, -0.25, a)
 
 
 @jit
