@@ -101,7 +101,10 @@ def test_four_over_six_where_errors_are_equal_or_nearly_so(run, rule):
   equal = np.broadcast_to(plain[:, :1], plain.shape)
   grid = rng.choice([*nvfp4.E2M1, 4.5, 9.0], plain.shape) * plain[:, :1]
   tiny = plain * np.exp2(rng.integers(-26, -8, (1280, 1)))
-  x = np.stack([plain, alone, equal, grid, tiny, 0 * plain])[:, None]
+  # Scales of one step, to which the maximum is about 8; scales of no step or of one.
+  unit = plain / np.max(np.abs(plain), axis=1, keepdims=True) * 2.0**-9 * 6 / 256
+  kinds = [plain, alone, equal, grid, tiny, 1.35 * unit, 0.4 * unit, 0 * plain]
+  x = np.stack(kinds)[:, None]
   x[:, 0, 0, 0] = 6.0  # every kind of blocks has the same tensor scale
   x = jnp.asarray(x, jnp.float32)
   want = expected(nvfp4.quantise, x, rule=rule, batch_axes=1)
