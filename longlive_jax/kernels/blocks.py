@@ -10,7 +10,7 @@ Instructions bound these kernels, not the bandwidth, so what is done for every n
 done with few. Small floats are handled through their bits: an anchor is added whose
 unit in the last place is the step of the small format, which rounds to nearest even.
 Four over six is decided by estimated errors, and by exact ones where these are too
-close to tell: about 28 instructions a number instead of 37.
+close to tell: about 28 instructions a number.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def _exact(
   unit = number(0x7F000000 - (bits(nonzero) & 0x7F800000))
   scale, best = tl.zeros_like(wanted), tl.zeros_like(wanted)
   words = tl.zeros((a.shape[0], 2), tl.int32)
-  # A loop, so that only one candidate at a time takes registers: more than all the rest
-  # has, they would leave room for half the threads.
+  # A loop: both candidates at once would take more registers than all the rest, and
+  # leave room for half the threads even where this is a rare branch.
   for four in tl.range(2):
     scale_here, factor = _scale(wanted * (1.0 + 0.5 * four), from_scale)
     va, ta, qa = _round(a, factor, 6.0)
