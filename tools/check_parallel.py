@@ -1,6 +1,6 @@
 """Checks that generation on several devices gives the video of one.
 
-  python tools/check_parallel.py --output tools/results/parallel_cpu.json
+  python tools/check_parallel.py --processes 8 --output tools/results/parallel_cpu.json
   python tools/check_parallel.py --pairs         every two settings meet in some case
 
 Makes videos of a tiny transformer (24 heads, float32) on 8 fake CPU devices, in all
@@ -10,10 +10,12 @@ Quantised numbers may differ by a step where rounding differs in the last bit, s
 bound is wider. Exit status 1 if a case is beyond its bound.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import platform
 import sys
 import time
@@ -35,6 +37,7 @@ from longlive_jax.parallel import mesh as meshes
 
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write.")
 _PAIRS = flags.DEFINE_bool("pairs", False, "A few cases that cover every two settings.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "That share the cases.", 1)
 
 CONFIG = dit.WanConfig(
   dim=384, ffn_dim=64, heads=24, layers=2, in_channels=4, out_channels=4,
@@ -195,13 +198,30 @@ def check(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     yield {**case, "error": error, "bound": bound, "passed": error <= bound}
 
 
+def check_all(cases: Sequence[Case], processes: int) -> Iterator[dict[str, Any]]:
+  """`check` in processes of 8 fake devices each."""
+  groups: dict[tuple[Any, ...], list[Case]] = {}  # each makes one video on one device
+  for case in cases:
+    groups.setdefault(tuple(single(case).items()), []).append(case)
+  # spawn: a fork would share the parent's JAX.
+  with concurrent.futures.ProcessPoolExecutor(
+    processes, multiprocessing.get_context("spawn"), use_fake_devices, (8,)
+  ) as pool:
+    done = [pool.submit(_check_group, group) for group in groups.values()]
+    for each in concurrent.futures.as_completed(done):
+      yield from each.result()
+
+
+def _check_group(cases: Sequence[Case]) -> list[dict[str, Any]]:
+  return list(check(cases))
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  use_fake_devices(8)
   start, rows = time.monotonic(), []
   cases = pairwise(all_cases()) if _PAIRS.value else all_cases()
-  for row in check(cases):
+  for row in check_all(cases, _PROCESSES.value):
     if not rows:
       print("  ".join(f"{name:>16}" for name in row))
     rows.append(row)
