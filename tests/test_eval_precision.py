@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from longlive_jax.data import detectors, toy_world
+from longlive_jax.generate import precision
 from longlive_jax.layers import kv_slots, linear
-from longlive_jax.quant import nvfp4
+from longlive_jax.models import dit
+from longlive_jax.quant import nvfp4, weights
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -91,3 +94,19 @@ def test_variants_are_chosen_by_name_and_compared_with_the_baseline():
   assert len(study.chosen_variants(["*"])) == len(study.VARIANTS)
   with pytest.raises(ValueError, match=r"only=.*'fp5'.* fits none of plain, w4a16"):
     study.chosen_variants(["fp5"])
+
+
+def test_layers_of_a_network_are_routed():
+  """All that read tokens of the chunk, and no other."""
+  config = dataclasses.replace(dit.size("test"), layers=2)
+  base = dit.CausalDiT(config, rngs=nnx.Rngs(0))
+  model = precision.apply(base, study.W4A4, steps=1)
+  found = study.routed(model, study.by_path(model), base, jnp.zeros((1, 3), jnp.int32))
+  routed = {
+    name: weight.tokens.shape
+    for name, weight in weights.matrices(found).items()
+    if isinstance(weight, study.RoutedWeight)
+  }
+  read = [f"self_attn/{name}" for name in "qkvo"]
+  read += ["cross_attn/q", "cross_attn/o", "ffn/fc1", "ffn/fc2"]
+  assert routed == {f"blocks/{name}": (2, 1, 3) for name in read}

@@ -204,26 +204,21 @@ def routed(
   spread = jnp.broadcast_to(tokens, (base.config.layers, *tokens.shape))
 
   def route(path: tuple[Any, ...], node: Any) -> Any:
-    name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-    if not isinstance(node, weights.Matrix) or name not in packed:
+    name = weights.layer_path(path)
+    if not weights.is_matrix(node) or name not in packed:
       return node
     return node.replace(RoutedWeight(plain[name], packed[name], spread))
 
-  return jax.tree_util.tree_map_with_path(
-    route, model, is_leaf=lambda node: isinstance(node, weights.Matrix)
-  )
+  return jax.tree_util.tree_map_with_path(route, model, is_leaf=weights.is_matrix)
 
 
 def by_path(model: dit.CausalDiT) -> dict[str, Any]:
   """Weights of the layers in TOKEN_LINEARS by path, whatever their type."""
-  found = {}
-  for path, node in jax.tree_util.tree_leaves_with_path(
-    model, is_leaf=lambda node: isinstance(node, weights.Matrix)
-  ):
-    name = jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in TOKEN_LINEARS):
-      found[name] = node.get_value()
-  return found
+  return {
+    name: weight
+    for name, weight in weights.matrices(model).items()
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in TOKEN_LINEARS)
+  }
 
 
 def busy_tokens(latents: jax.Array, share: float, branches: int) -> jax.Array:

@@ -32,10 +32,23 @@ def number(x):
 
 @jit
 def load_halves(pointer, block, valid):
-  """Halves (blocks, 8) of blocks `block` (blocks,) of an array; 0 where not valid."""
-  at = pointer + block[:, None] * 16 + tl.arange(0, 8)
-  a = tl.load(at, mask=valid[:, None], other=0.0)
-  return a, tl.load(at + 8, mask=valid[:, None], other=0.0)
+  """Float32 halves (blocks, 8) of blocks `block` (blocks,); 0 where not valid."""
+  if pointer.dtype.element_ty == tl.bfloat16:
+    # As pairs: one instruction a number, where Triton's own conversion takes 1.5.
+    at = pointer.to(tl.pointer_type(tl.int32)) + block[:, None] * 8 + tl.arange(0, 4)
+    a = _unpair(tl.load(at, mask=valid[:, None], other=0))
+    return a, _unpair(tl.load(at + 4, mask=valid[:, None], other=0))
+  else:
+    at = pointer + block[:, None] * 16 + tl.arange(0, 8)
+    a = tl.load(at, mask=valid[:, None], other=0.0)
+    return a, tl.load(at + 8, mask=valid[:, None], other=0.0)
+
+
+@jit
+def _unpair(x):
+  """Float32 (blocks, 2 n) of int32 (blocks, n), each two bfloat16, the first below."""
+  both = tl.join(number(x << 16), number(x & -65536))
+  return tl.reshape(both, (x.shape[0], 2 * x.shape[1]))
 
 
 @jit
@@ -81,7 +94,7 @@ def encode(a, b, amax, M4: tl.constexpr, M8: tl.constexpr, ERROR: tl.constexpr):
     scale, factor = _scale(wanted, from_scale)
     va, ta, _ = _round(a, factor, 6.0)
     vb, tb, _ = _round(b, factor, 6.0)
-    words = _words(va, ta, vb, tb)
+    words = _codes(ta, tb) | _signs(va, vb)
   elif ERROR == "abs_max":  # errors are equal too often for an estimate
     words, scale = _exact(a, b, wanted, from_scale, amax, nonzero, M4 * M8, ERROR)
   else:
@@ -129,9 +142,9 @@ def _estimated(a, b, wanted, from_scale, M4: tl.constexpr, ERROR: tl.constexpr):
   small = wanted * M4 <= scale * 6.5
   sure = small & (tl.abs(error - error4) >= doubt)
   four = error4 < error
-  ta = tl.where(four[:, None], ta4, ta)
-  tb = tl.where(four[:, None], tb4, tb)
-  return _words(va, ta, vb, tb), tl.where(four, scale4, scale), sure
+  # Codes are packed before one of the two is taken: in registers they need an eighth.
+  codes = tl.where(four[:, None], _codes(ta4, tb4), _codes(ta, tb))
+  return codes | _signs(va, vb), tl.where(four, scale4, scale), sure
 
 
 @jit
@@ -143,18 +156,24 @@ def _exact(
   unit = number(0x7F000000 - (bits(nonzero) & 0x7F800000))
   scale, best = tl.zeros_like(wanted), tl.zeros_like(wanted)
   words = tl.zeros((a.shape[0], 2), tl.int32)
-  # A loop: both candidates at once would take more registers than all the rest, and
-  # leave room for half the threads even where this is a rare branch.
-  for four in tl.range(2):
-    scale_here, factor = _scale(wanted * (1.0 + 0.5 * four), from_scale)
-    va, ta, qa = _round(a, factor, 6.0)
-    vb, tb, qb = _round(b, factor, 6.0)
-    xa, xb = tl.abs(a) * unit, tl.abs(b) * unit
-    error = _error(qa, qb, xa, xb, scale_here, amax, unit, SPAN, ERROR)
-    better = (error < best) | (four == 0)
-    best = tl.where(better, error, best)
+  first, word = tl.zeros_like(a), tl.zeros_like(wanted).to(tl.int32)
+  # A loop over candidates and halves: all at once would take more registers than all
+  # the rest, and leave room for half the threads even where this is a rare branch.
+  for step in tl.range(4 + (bits(amax) >> 31)):
+    x = tl.where(step % 2 == 0, a, b)
+    scale_here, factor = _scale(wanted * (1.0 + 0.5 * (step // 2)), from_scale)
+    v, t, q = _round(x, factor, 6.0)
+    error = _error(q, tl.abs(x) * unit, scale_here, amax, unit, SPAN, ERROR)
+    if ERROR == "abs_max":
+      both = tl.max(tl.maximum(first, error), axis=1)
+    else:
+      both = _sum(first + error)
+    better = (step == 3) & (both < best) | (step == 1)
+    best = tl.where(better, both, best)
     scale = tl.where(better, scale_here, scale)
-    words = tl.where(better[:, None], _words(va, ta, vb, tb), words)
+    last = _code_word(t) | _sign_word(v)
+    words = tl.where(better[:, None], tl.join(word, last), words)
+    first, word = error, last
   return words, scale
 
 
@@ -227,19 +246,16 @@ def _round(x, factor, LIMIT: tl.constexpr):
 
 
 @jit
-def _error(qa, qb, xa, xb, scale, amax, unit, SPAN: tl.constexpr, ERROR: tl.constexpr):
-  """Error (blocks,) of magnitudes q against x, which is in units, of halves a and b."""
+def _error(q, x, scale, amax, unit, SPAN: tl.constexpr, ERROR: tl.constexpr):
+  """Errors (blocks, 8) of magnitudes q against x, which is in units."""
   # q * scale * amax / span takes two divisions a block, not one a number: q is a power
   # of two, with which rounding commutes, or 1.5 times one.
   one = _divide(scale * amax, SPAN) * unit
   more = _divide(scale * 1.5 * amax, SPAN) * unit
-  da, db = _difference(qa, one, more, xa), _difference(qb, one, more, xb)
-  if ERROR == "mse":
-    return _sum(da * da + db * db)
-  elif ERROR == "mae":
-    return _sum(tl.abs(da) + tl.abs(db))
-  else:
-    return tl.max(tl.maximum(tl.abs(da), tl.abs(db)), axis=1)
+  power = number(bits(q) & 0x7F800000)
+  by_power = tl.where((bits(q) & 0x400000) != 0, more[:, None], one[:, None])
+  difference = tl.fma(power, by_power, -x)  # the product is exact
+  return difference * difference if ERROR == "mse" else tl.abs(difference)
 
 
 @jit
@@ -272,28 +288,32 @@ def _squares(a, b):
 
 
 @jit
-def _difference(q, one, more, x):
-  power = number(bits(q) & 0x7F800000)
-  by_power = tl.where((bits(q) & 0x400000) != 0, more[:, None], one[:, None])
-  return tl.fma(power, by_power, -x)  # the product is exact
-
-
-@jit
-def _words(va, ta, vb, tb):
-  """int32 (blocks, 2): of halves, codes in the last bits of t with the signs of v."""
-  return tl.join(_word(va, ta), _word(vb, tb))
-
-
-@jit
-def _word(v, t):
+def _codes(ta, tb):
+  """int32 (blocks, 2): of halves, codes in the last bits of t."""
   # One instruction a number and word: its first or last 4 bits are shifted in.
-  v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v)
-  signs = _lead(_lead(_lead(_lead(0, v7), v6), v5), v4)
-  signs = _lead(_lead(_lead(_lead(signs, v3), v2), v1), v0)
+  return tl.join(_code_word(ta), _code_word(tb))
+
+
+@jit
+def _code_word(t):
   t0, t1, t2, t3, t4, t5, t6, t7 = _columns(t)
-  codes = _trail(_trail(_trail(_trail(0, t0), t1), t2), t3)
-  codes = _trail(_trail(_trail(_trail(codes, t4), t5), t6), t7)
-  return ((codes & 0x77777777) | (signs & 0x88888888)).to(tl.int32, bitcast=True)
+  word = _trail(_trail(_trail(_trail(0, t0), t1), t2), t3)
+  word = _trail(_trail(_trail(_trail(word, t4), t5), t6), t7)
+  return (word & 0x77777777).to(tl.int32, bitcast=True)
+
+
+@jit
+def _signs(va, vb):
+  """int32 (blocks, 2): of halves, signs where their codes have them."""
+  return tl.join(_sign_word(va), _sign_word(vb))
+
+
+@jit
+def _sign_word(v):
+  v0, v1, v2, v3, v4, v5, v6, v7 = _columns(v)
+  word = _lead(_lead(_lead(_lead(0, v7), v6), v5), v4)
+  word = _lead(_lead(_lead(_lead(word, v3), v2), v1), v0)
+  return (word & 0x88888888).to(tl.int32, bitcast=True)
 
 
 @jit

@@ -197,11 +197,9 @@ def _load(
   block = tl.program_id(0) * TILE + tl.arange(0, TILE)
   valid = block < BLOCKS
   a, b = load_halves(x_ptr + group * BLOCKS * 16, block, valid)
-  dtype = a.dtype
-  a, b = a.to(tl.float32), b.to(tl.float32)
   if FRONT == "token_mean":
     ma, mb = load_halves(mean_ptr + group * ROW * 16, block % ROW, valid)
-    a, b = a - ma.to(tl.float32), b - mb.to(tl.float32)
+    a, b = a - ma, b - mb
   elif FRONT == "channel_mean":
     total = tl.reshape(tl.sum(a + b, axis=1), (TILE // CHANNELS, CHANNELS))
     mean = tl.sum(total, axis=1)[:, None] * (1.0 / (16 * CHANNELS))
@@ -209,6 +207,7 @@ def _load(
     a, b = a - mean[:, None], b - mean[:, None]
   elif FRONT == "hadamard":
     a, b = _rotate(a, b, SIGNS)
+    dtype = x_ptr.dtype.element_ty
     a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
   return block, valid, a, b
 
