@@ -43,6 +43,7 @@ def test_every_case_fits_the_real_shapes():
   assert kernels == {
     "fp8_rows",
     "fp8_modulate",
+    "fp8_residual",
     "fp8_gelu",
     "fp8_matmul",
     "fp8_attention",
@@ -107,8 +108,8 @@ def test_walks_of_the_kernels_over_rows():
     assert labels["walk"]["num_warps"] == found[-1][2]
   assert found[:3] == [("_fp8_rows", (7040 // rows, 1), 2) for rows in (1, 2, 4)]
   assert found[9] == ("_fp8_modulate", (880, 8), 2)
-  assert len(found) == 6 * 9 and {name for name, *_ in found} == {
-    "_fp8_rows", "_fp8_modulate", "_fp8_gelu", "_norm_rope"
+  assert len(found) == 8 * 9 and {name for name, *_ in found} == {
+    "_fp8_rows", "_fp8_modulate", "_fp8_residual", "_fp8_gelu", "_norm_rope"
   }  # fmt: skip
 
 

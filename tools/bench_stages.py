@@ -20,6 +20,7 @@ from absl import logging
 from longlive_jax.generate import sampler
 from longlive_jax.generate.sampler import Sampling
 from longlive_jax.layers import fp8_attention, kv_cache, kv_slots, operand, rope
+from longlive_jax.layers.norm import modulation
 from longlive_jax.models import block_scan, dit, pixels, vae
 from longlive_jax.parallel import costs
 from longlive_jax.parallel.hardware import Hardware
@@ -114,18 +115,22 @@ def stage_inputs(
     sampling.attention_format, model.dtype, c.head_dim
   )
   read = kv_slots.attended_dtype(layer[1], model.dtype, reads)
+  h, rows = numbers(1, f, p, c.dim), numbers(3, 1, f, 1, c.dim)
+  norm2 = modulation(rows[0], rows[1], c.eps)
   return {
     "block": block,
     "latents": numbers(1, f, y, x, c.in_channels),
     "time": numbers(1, f, c.freq_dim),
-    "h": numbers(1, f, p, c.dim),
+    "h": h,
+    "text_reads": operand.normed(h, block.norm3.affine(), [block.cross_attn.q]),
+    "ffn_reads": operand.normed(h, norm2, [block.ffn.fc1]),
     "e": numbers(1, f, c.dim),
-    "rows": numbers(3, 1, f, 1, c.dim),  # scale, shift and gate
+    "rows": rows,  # scale, shift and gate
     "projected": block.self_attn.queries(numbers(1, f * p, c.dim)),
     "q": fp8.as_dtype(numbers(1, f * p, c.heads, c.head_dim), reads),
     "k": fp8.as_dtype(numbers(1, f, p, c.heads, c.head_dim), read),
     "window": fp8.as_dtype(numbers(1, w * p, c.heads, c.head_dim), reads),
-    "attended": numbers(1, f * p, c.heads, c.head_dim),
+    "attended": numbers(1, f * p, c.dim),
     "text": text,
     "text_keys": first(model.text_keys(model.embed_text(text))),
     "rotation": model.rotation(rope.temporal_rotation(positions, c.head_dim), y, x),
@@ -156,7 +161,8 @@ def transformer_cases(
 
   def project(block, h, rows):
     own = block.self_attn
-    h = operand.modulated(h, rows[0], rows[1], c.eps, (own.q, own.k, own.v))
+    norm1 = modulation(rows[0], rows[1], c.eps)
+    h = operand.normed(h, norm1, readers=[own.q, own.k, own.v])
     tokens = h.reshape(1, -1, c.dim)
     return own.queries(tokens), own.keys_values(tokens)
 
@@ -164,14 +170,15 @@ def transformer_cases(
     return [rope.rotate(each, rotation, reads) for each in (q, k)]
 
   def output(block, h, attended, rows):
-    return h + rows[2] * block.self_attn.output(attended).reshape(h.shape)
+    norm3, readers = block.norm3.affine(), [block.cross_attn.q]
+    return operand.added(h, block.self_attn.o, attended, rows[2], norm3, readers)
 
-  def attend_text(block, h, keys):
-    normed = operand.normed(block.norm3, h, [block.cross_attn.q])
-    return h + block.attend_text(normed, keys)
+  def attend_text(block, h, read, keys, rows):
+    norm2, readers = modulation(rows[0], rows[1], c.eps), [block.ffn.fc1]
+    found = block.attend_text(read, keys)
+    return operand.added(h, block.cross_attn.o, found, None, norm2, readers)
 
-  def feed(block, h, rows):
-    read = operand.modulated(h, rows[0], rows[1], c.eps, [block.ffn.fc1])
+  def feed(block, h, read, rows):
     return h + rows[2] * block.ffn(read)
 
   def write(cache, placement, k, v):
@@ -189,8 +196,10 @@ def transformer_cases(
   attend = fp8_attention.by_format(attention_format, model.dtype)
   yield case("attention", attend, "q", "window", "window")
   yield case("output", output, "block", "h", "attended", "rows")
-  yield case("cross_attention", attend_text, "block", "h", "text_keys")
-  yield case("ffn", feed, "block", "h", "rows")
+  yield case(
+    "cross_attention", attend_text, "block", "h", "text_reads", "text_keys", "rows"
+  )
+  yield case("ffn", feed, "block", "h", "ffn_reads", "rows")
   yield case("head", lambda model, h, e: model.head(h, e), "model", "h", "e")
   yield case(
     "text", lambda model, t: model.text_keys(model.embed_text(t)), "model", "text"

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.kernels import fp8_gelu, fp8_modulate, fp8_rows
+from longlive_jax.kernels import fp8_gelu, fp8_modulate, fp8_residual, fp8_rows
 from longlive_jax.kernels.fp8_gelu import gelu_rows
 from longlive_jax.kernels.fp8_modulate import modulate_rows
+from longlive_jax.kernels.fp8_residual import residual_rows
 from longlive_jax.kernels.fp8_rows import quantise_rows
 from longlive_jax.kernels.launch import Launcher
 from longlive_jax.kernels.norm_rope import norm_rope, norm_rope_call
@@ -56,6 +57,24 @@ def row_kernels(sizes: Sizes) -> Iterator[RowKernel]:
     lambda *arrays, walk: fp8_modulate.modulate_call(*arrays, eps, walk),
     lambda key: (numbers(key, x_shape), *numbers(key, (2, frames, 1, dim))),
   )  # fmt: skip
+  for gated in (True, False):  # behind self-attention, and behind cross-attention
+
+    def residual_arguments(key: Array, gated=gated) -> tuple[Array | None, ...]:
+      row, one = (frames, 1, dim), (dim,)
+      # A gate and a norm for all, or no gate and a norm for each frame.
+      return (
+        *numbers(key, (2, *x_shape)), jnp.ones((frames, tokens, 1)), jnp.ones(dim),
+        numbers(key, one), numbers(key, row) if gated else None,
+        *numbers(key, (2, *(one if gated else row))),
+      )  # fmt: skip
+
+    yield RowKernel(
+      "fp8_residual", x_shape,
+      functools.partial(residual_rows, eps=eps),
+      lambda *arrays, walk: fp8_residual.residual_call(arrays, eps, walk),
+      residual_arguments,
+      {"gated": gated},
+    )  # fmt: skip
   yield RowKernel(
     "fp8_gelu", (rows, wide), gelu_rows, fp8_gelu.gelu_call,
     lambda key: (

@@ -38,7 +38,8 @@ def modulate_rows(
 
   Args:
     x: bfloat16 or float32 (..., tokens, n).
-    factor, shift: (..., 1, n) in the dtype of x, a row for all tokens of a frame.
+    factor, shift: in the dtype of x; (..., 1, n), a row for all tokens of a frame, or
+      (n,), one row for all.
     eps: of the norm.
     implementation: 'triton', 'jnp', or None: Triton on NVIDIA GPUs, else jnp.
 
@@ -47,11 +48,13 @@ def modulate_rows(
     NotImplementedError: under differentiation.
   """
   check_rows(x)
-  row = (*x.shape[:-2], 1, x.shape[-1])
+  n = x.shape[-1]
+  row = (n,) if factor.ndim == 1 else (*x.shape[:-2], 1, n)
   for name, array in (("factor", factor), ("shift", shift)):
     if array.shape != row or array.dtype != x.dtype:
       raise ValueError(
-        f"{name}={array.shape} {array.dtype} must be {row} {x.dtype}, one row a frame"
+        f"{name}={array.shape} {array.dtype} must be {row} {x.dtype}, one row a frame, "
+        f"or {(n,)}, as both of them"
       )
   return run_rows(triton, reference, implementation, x, factor, shift, eps=eps)
 
@@ -71,7 +74,7 @@ def triton(
 def modulate_call(
   x: Array, factor: Array, shift: Array, eps: float, walk: Walk = WALK
 ) -> Call:
-  frames = math.prod(x.shape[:-2])
+  frames = 1 if factor.ndim == 1 else math.prod(x.shape[:-2])
   return row_call(_fp8_modulate, (x, factor, shift), x, walk, frames, EPS=eps)
 
 
@@ -98,11 +101,20 @@ def _fp8_modulate(
   ahead = load_row(x_ptr, row_of(0, COUNT, ROWS), column, N)
   for i in range(ROWS):
     row, x = row_of(i, COUNT, ROWS), ahead.to(tl.float32)
-    dtype = ahead.dtype
     ahead = load_row(x_ptr, row_of(i + 1, COUNT, ROWS), column, N)
-    x = tl.where(column < N, x - tl.div_rn(tl.sum(x, axis=0), N * 1.0), 0.0)
-    variance = tl.div_rn(tl.sum(x * x, axis=0), N * 1.0)
-    x = (x * tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))).to(dtype)
-    x = (x.to(tl.float32) * factor.to(tl.float32)).to(dtype)
-    x = (x.to(tl.float32) + shift.to(tl.float32)).to(dtype)
-    store_row(codes_ptr, scale_ptr, row, column, x.to(tl.float32), N)
+    x = normed_row(x, factor, shift, column, N, EPS)
+    store_row(codes_ptr, scale_ptr, row, column, x, N)
+
+
+@jit
+def normed_row(x, factor, shift, column, N: tl.constexpr, EPS: tl.constexpr):
+  """layer_norm(x) * factor + shift of a row x (TILE,), float32, 0 behind its end.
+
+  Each step is rounded to the dtype of factor and shift.
+  """
+  dtype = factor.dtype
+  x = tl.where(column < N, x - tl.div_rn(tl.sum(x, axis=0), N * 1.0), 0.0)
+  variance = tl.div_rn(tl.sum(x * x, axis=0), N * 1.0)
+  x = (x * tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))).to(dtype)
+  x = (x.to(tl.float32) * factor.to(tl.float32)).to(dtype)
+  return (x.to(tl.float32) + shift.to(tl.float32)).to(dtype).to(tl.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
 from longlive_jax.kernels.rows import Walk, columns_of, load_row, row_of
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import FP8Array, Rows
+
+T = TypeVar("T")
 
 LONGEST = 16384  # numbers of a row that a program's registers hold
 WALK = Walk()
@@ -57,12 +59,12 @@ def rows_call(x: Array, walk: Walk = WALK) -> Call:
 
 
 def run_rows(
-  on_gpu: Callable[..., Rows],
-  elsewhere: Callable[..., Rows],
+  on_gpu: Callable[..., T],
+  elsewhere: Callable[..., T],
   implementation: str | None,
-  *arrays: Array,
+  *arrays: Array | None,
   **settings: Any,
-) -> Rows:
+) -> T:
   """Runs one of the two forms of a kernel that makes Rows: `triton` or `reference`."""
   if launching.on_triton(implementation):
     function = functools.partial(on_gpu, run=launching.launch, **settings)
@@ -89,18 +91,21 @@ def row_call(
   x: Array,
   walk: Walk,
   groups: int = 1,
+  first: tuple[jax.ShapeDtypeStruct, ...] = (),
   **constants: Any,
 ) -> Call:
   """A kernel that walks over the rows of x: codes (rows, n) and scales (rows,).
 
   Args:
     groups: of as many consecutive rows each; a program stays within one.
+    first: what is written besides, before them among the kernel's parameters.
   """
   rows, n = math.prod(x.shape[:-1]), x.shape[-1]
   return Call(
     kernel,
     inputs,
     (
+      *first,
       jax.ShapeDtypeStruct((rows, n), jnp.float8_e4m3fn),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
     ),

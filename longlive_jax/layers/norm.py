@@ -1,5 +1,7 @@
 """Normalisation. Statistics are float32 whatever the dtype of the activations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,9 +19,33 @@ def layer_norm(x: jax.Array, eps: float) -> jax.Array:
   return h.astype(x.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AffineNorm:
+  """layer_norm(x) * factor + shift: a norm as those see it who compute it with more.
+
+  Attributes:
+    factor, shift: (..., 1, c), a row for all tokens of a frame, or (c,), one for all.
+    eps: static.
+  """
+
+  factor: jax.Array
+  shift: jax.Array
+  eps: float = dataclasses.field(metadata={"static": True})
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Of x (..., c), in its dtype."""
+    return layer_norm(x, self.eps) * self.factor + self.shift
+
+
+def modulation(scale: jax.Array, shift: jax.Array, eps: float) -> AffineNorm:
+  """layer_norm(x) * (1 + scale) + shift, of (..., 1, c)."""
+  return AffineNorm(1 + scale, shift, eps)
+
+
 def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array, eps: float) -> jax.Array:
   """layer_norm(x) * (1 + scale) + shift of x (..., c); the others broadcast."""
-  return layer_norm(x, eps) * (1 + scale) + shift
+  return modulation(scale, shift, eps)(x)
 
 
 class LayerNorm(nnx.Module):
@@ -30,8 +56,11 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((dim,), dtype))
     self.eps = eps
 
+  def affine(self) -> AffineNorm:
+    return AffineNorm(self.weight[...], self.bias[...], self.eps)
+
   def __call__(self, x: jax.Array) -> jax.Array:
-    return layer_norm(x, self.eps) * self.weight[...] + self.bias[...]
+    return self.affine()(x)
 
 
 class RMSNorm(nnx.Module):

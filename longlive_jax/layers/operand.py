@@ -4,12 +4,12 @@ Most layers read arrays. A layer whose weight is `W8A8` multiplies codes: what i
 is quantised in the pass that makes the numbers, once for all layers that read it. So
 whoever makes numbers says for whom (`readers`), and the types of their weights choose:
 
-  modulated   of a modulated layer norm          (before q, k, v and the feed-forward)
-  normed      of a layer norm with weights       (before the cross-attention)
+  normed      of a layer norm                    (at the start of a block)
+  added       of a sum and its layer norm        (between the parts of a block)
   activated   of a layer and what follows it     (between the two of a feed-forward)
   read_by     of numbers or codes that there are (behind attention)
 
-Another type of weight gets forms of its own with `@modulated_rule.register` and so on.
+Another type of weight gets forms of its own with `@normed_rule.register` and so on.
 """
 
 import functools
@@ -20,9 +20,10 @@ import jax
 
 from longlive_jax.kernels.fp8_gelu import gelu_rows
 from longlive_jax.kernels.fp8_modulate import modulate_rows
+from longlive_jax.kernels.fp8_residual import residual_rows
 from longlive_jax.kernels.fp8_rows import quantise_rows
 from longlive_jax.layers.linear import Linear
-from longlive_jax.layers.norm import LayerNorm, modulate
+from longlive_jax.layers.norm import AffineNorm
 from longlive_jax.quant import fp8
 from longlive_jax.quant.weights import W8A8
 
@@ -35,23 +36,38 @@ def gelu(x: Array) -> Array:
   return jax.nn.gelu(x, approximate=True)
 
 
-def modulated(
-  x: Array, scale: Array, shift: Array, eps: float, readers: Sequence[Linear]
-) -> Operand:
-  """layer_norm(x) * (1 + scale) + shift.
+def normed(x: Array, norm: AffineNorm, readers: Sequence[Linear]) -> Operand:
+  """norm(x).
 
   Args:
     x: (b, f, p, D).
-    scale, shift: (b, f, 1, D).
-    eps: of the norm.
+    norm: with a row for each frame, or with one for all.
     readers: the layers that multiply it.
   """
-  return modulated_rule(_weight_of(readers), x, scale, shift, eps)
+  return normed_rule(_weight_of(readers), x, norm)
 
 
-def normed(norm: LayerNorm, x: Array, readers: Sequence[Linear]) -> Operand:
-  """norm(x) of x (..., D)."""
-  return normed_rule(_weight_of(readers), norm, x)
+def added(
+  x: Array,
+  layer: Linear,
+  h: Operand,
+  gate: Array | None,
+  norm: AffineNorm,
+  readers: Sequence[Linear],
+) -> tuple[Array, Operand]:
+  """y = x + gate * layer(h), and norm(y).
+
+  Args:
+    x: (b, f, p, D).
+    h: (..., in), what attention gave: as many rows as x, in the same order.
+    gate: (b, f, 1, D), or None for 1.
+    norm, readers: see `normed`.
+
+  Returns:
+    both (b, f, p, D).
+  """
+  weight, h = _weight_of([layer, *readers]), read_by(layer, h)
+  return added_rule(weight, x, layer, h, gate, norm, readers)
 
 
 def activated(
@@ -76,15 +92,23 @@ def _weight_of(layers: Sequence[Linear]) -> Any:
 
 
 @functools.singledispatch
-def modulated_rule(
-  weight: Any, x: Array, scale: Array, shift: Array, eps: float
-) -> Operand:
-  return modulate(x, scale, shift, eps)
+def normed_rule(weight: Any, x: Array, norm: AffineNorm) -> Operand:
+  return norm(x)
 
 
 @functools.singledispatch
-def normed_rule(weight: Any, norm: LayerNorm, x: Array) -> Operand:
-  return norm(x)
+def added_rule(
+  weight: Any,
+  x: Array,
+  layer: Linear,
+  h: Operand,
+  gate: Array | None,
+  norm: AffineNorm,
+  readers: Sequence[Linear],
+) -> tuple[Array, Operand]:
+  change = layer(h).reshape(x.shape)
+  x = x + (change if gate is None else gate * change)
+  return x, normed(x, norm, readers)
 
 
 @functools.singledispatch
@@ -102,16 +126,25 @@ def read_by_rule(weight: Any, x: Operand) -> Operand:
 # ------------------------------------------------------------------ codes
 
 
-@modulated_rule.register
-def _(weight: W8A8, x: Array, scale: Array, shift: Array, eps: float) -> fp8.Rows:
-  return modulate_rows(x, 1 + scale, shift, eps=eps)
-
-
 @normed_rule.register
-def _(weight: W8A8, norm: LayerNorm, x: Array) -> fp8.Rows:
-  one = x.reshape(1, -1, x.shape[-1])  # as one frame, all of whose tokens share a row
-  factor, shift = (p[...].reshape(1, 1, -1) for p in (norm.weight, norm.bias))
-  return modulate_rows(one, factor, shift, eps=norm.eps).reshape(*x.shape)
+def _(weight: W8A8, x: Array, norm: AffineNorm) -> fp8.Rows:
+  return modulate_rows(x, norm.factor, norm.shift, eps=norm.eps)
+
+
+@added_rule.register
+def _(
+  weight: W8A8,
+  x: Array,
+  layer: Linear,
+  h: fp8.Rows,
+  gate: Array | None,
+  norm: AffineNorm,
+  readers: Sequence[Linear],
+) -> tuple[Array, fp8.Rows]:
+  h = h.reshape(*x.shape[:-1], -1)
+  sums, columns = fp8.sums(h, weight.weight), weight.weight.scale[:, 0]
+  layer_end = h.array.scale, columns, layer.bias[...]
+  return residual_rows(x, sums, *layer_end, gate, norm.factor, norm.shift, eps=norm.eps)
 
 
 @activated_rule.register

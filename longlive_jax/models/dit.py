@@ -18,7 +18,7 @@ from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import attention as attn
 from longlive_jax.layers import operand, rope, teacher_forcing
 from longlive_jax.layers.linear import Linear
-from longlive_jax.layers.norm import LayerNorm, RMSNorm, modulate
+from longlive_jax.layers.norm import LayerNorm, RMSNorm, modulate, modulation
 from longlive_jax.layers.operand import Operand, gelu
 from longlive_jax.layers.projection import Projection, projected
 from longlive_jax.layers.remat import rematerialised
@@ -152,9 +152,6 @@ class AttentionProjections(nnx.Module):
     keys = projected(self.k, x, self.norm_k, self.heads)
     return keys, v.reshape(*v.shape[:-1], self.heads, -1)
 
-  def output(self, x: Operand) -> Array:
-    return self.o(operand.read_by(self.o, x.reshape(*x.shape[:-2], -1)))
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -192,13 +189,14 @@ class Block(nnx.Module):
   ) -> tuple[Array, Any]:
     """Args: x (b, f, p, D); table (b, f, 6, D); text (b, segments, k, D) or keys."""
     shift1, scale1, gate1, shift2, scale2, gate2 = self.rows(table)
-    qkv = self.self_attn.q, self.self_attn.k, self.self_attn.v
-    h = operand.modulated(x, scale1, shift1, self.eps, readers=qkv)
+    norm1 = modulation(scale1, shift1, self.eps)
+    norm2 = modulation(scale2, shift2, self.eps)
+    norm3, own, cross = self.norm3.affine(), self.self_attn, self.cross_attn
+    h = operand.normed(x, norm1, readers=[own.q, own.k, own.v])
     h, handed_out = self.attend_self(h, attend, layer)
-    x = x + gate1 * h
-    h = operand.normed(self.norm3, x, readers=[self.cross_attn.q])
-    x = x + self.attend_text(h, text)
-    h = operand.modulated(x, scale2, shift2, self.eps, readers=[self.ffn.fc1])
+    x, h = operand.added(x, own.o, h, gate1, norm3, readers=[cross.q])
+    h = self.attend_text(h, text)
+    x, h = operand.added(x, cross.o, h, None, norm2, readers=[self.ffn.fc1])
     x = x + gate2 * self.ffn(h)
     return x, handed_out
 
@@ -206,25 +204,28 @@ class Block(nnx.Module):
     """The six modulation rows, each (b, f, 1, D) to broadcast over tokens."""
     return jnp.split(table + self.modulation[...], 6, axis=2)
 
-  def attend_self(self, h: Operand, attend: Attend, layer: Any) -> tuple[Array, Any]:
-    """Self-attention of h (b, f, p, D) through `attend`, projected: (b, f, p, D)."""
+  def attend_self(self, h: Operand, attend: Attend, layer: Any) -> tuple[Operand, Any]:
+    """Self-attention of h (b, f, p, D) through `attend`: (b, f * p, D), for o."""
     b, f, p, dim = h.shape
     tokens = h.reshape(b, f * p, dim)
     q = self.self_attn.queries(tokens)
     k, v = self.self_attn.keys_values(tokens)
     out, handed_out = attend(layer, q, k, v)
-    return self.self_attn.output(out).reshape(b, f, p, dim), handed_out
+    return out.reshape(b, f * p, dim), handed_out
 
   def attend_text(self, h: Operand, text: Array | TextKeys) -> Array:
     """Cross-attention, no mask: h (b, f, p, D), text (b, segments, k, D) or its keys.
 
     The tokens of a sample are cut into `segments` equal consecutive pieces; piece i
     sees prompt i (SPEC 2.2).
+
+    Returns:
+      (b * segments, tokens of a piece, D), for o.
     """
     keys = text if isinstance(text, TextKeys) else self.text_keys(text)
     pieces = h.reshape(len(keys.k), -1, h.shape[-1])
     q = self.cross_attn.queries(pieces).numbers()
-    return self.cross_attn.output(attn.attention(q, keys.k, keys.v)).reshape(h.shape)
+    return attn.attention(q, keys.k, keys.v).reshape(pieces.shape)
 
   def text_keys(self, text: Array) -> TextKeys:
     """Keys of embedded prompts (b, segments, k, D) for this layer."""

@@ -82,11 +82,12 @@ def intermediates(case: Case) -> Result:
     block = jax.tree.map(lambda a, i=i: a[i], model.blocks)
     shift1, scale1, gate1, shift2, scale2, gate2 = block.rows(table)
     inside = {"self_attn_in": modulate(h, scale1, shift1, block.eps)}
-    out, _ = block.attend_self(inside["self_attn_in"], attend, None)
-    inside["self_attn_out"] = out
-    h = h + gate1 * out
+    heads, _ = block.attend_self(inside["self_attn_in"], attend, None)
+    inside["self_attn_out"] = block.self_attn.o(heads).reshape(h.shape)
+    h = h + gate1 * inside["self_attn_out"]
     inside["cross_attn_in"] = block.norm3(h)
-    inside["cross_attn_out"] = block.attend_text(inside["cross_attn_in"], text)
+    heads = block.attend_text(inside["cross_attn_in"], text)
+    inside["cross_attn_out"] = block.cross_attn.o(heads).reshape(h.shape)
     h = h + inside["cross_attn_out"]
     inside["ffn_in"] = modulate(h, scale2, shift2, block.eps)
     inside["ffn_out"] = block.ffn(inside["ffn_in"])
