@@ -140,7 +140,8 @@ def load_clip(
   if frames is None or clip.encoded:
     frames = range(per_chunk * wanted - missing)
   # What fills up a short clip is its last frame.
-  rows, damaged = read(np.minimum(frames, per_chunk * valid - missing - 1))
+  numbers = np.asarray(frames, np.int64)
+  rows, damaged = read(np.minimum(numbers, per_chunk * valid - missing - 1))
   starts = [prompt.startswith(SCENE_CUT_PREFIX) for prompt in prompts]
   numbers = np.arange(wanted)
   return {
