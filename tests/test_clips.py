@@ -114,7 +114,7 @@ def test_bad_clips_are_named_counted_and_replaced(broken, caplog):
   assert loaded == ["c0", "c1", "c2", "c4", "c6"] and "c3" in source.skipped
 
 
-def test_a_clip_with_a_hole_keeps_its_place_in_batches(folder, tmp_path):
+def test_a_clip_with_a_hole_keeps_its_place_in_batches(folder, tmp_path, caplog):
   """Only a process that decodes the hole sees it: it may not skip the clip."""
   shutil.copytree(folder, tmp_path / "data")
   spoil(tmp_path / "data" / "videos" / "c3.mp4", 2)  # frames 48 to 71 of 61
@@ -135,6 +135,7 @@ def test_a_clip_with_a_hole_keeps_its_place_in_batches(folder, tmp_path):
         row, shown[slice(None) if frames is None else frames]
       )
   assert streams[0] == streams[1] == streams[2]
+  assert "clip c3: 13 pictures do not decode" in caplog.messages
   source = clips.clip_source(tmp_path / "data")
   loaded = clips.load_clips(source, Chunking(chunks=2))
   assert len(loaded) == 6

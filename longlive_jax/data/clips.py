@@ -65,6 +65,12 @@ class ClipSource(Sequence):
       self.skipped[name] = str(error)
       _log.warning("skipped clip %s: %s", name, error)
 
+  def damage(self, name: str, pictures: int) -> None:
+    """Reports a clip that is used although pictures of it do not decode; once."""
+    if name not in self.damaged:
+      self.damaged[name] = pictures
+      _log.warning("clip %s: %d pictures do not decode", name, pictures)
+
 
 def clip_source(
   folder: str | Path,
@@ -195,7 +201,7 @@ def clip_batches(
           source.skip(clip.name, error)
           continue
         if loaded["damaged"]:
-          source.damaged[clip.name] = int(loaded["damaged"])
+          source.damage(clip.name, int(loaded["damaged"]))
         return loaded
     raise ValueError(f"none of {len(source)} clips can be used: {source.skipped}")
 

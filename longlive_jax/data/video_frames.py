@@ -11,7 +11,6 @@ the decoder complains about or leaves out: such a file is decoded from its start
 """
 
 import dataclasses
-import logging
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -27,12 +26,12 @@ from longlive_jax.data.video import (
   run_ffmpeg,
 )
 
-_log = logging.getLogger(__name__)
 # Formats whose every packet is one picture. Others are decoded to list their frames:
 # VP8 has packets that show nothing.
 _LISTED_BY_PACKETS = ("h264", "hevc", "vp9", "av1")
 _KEY, _CORRUPT, _DISCARD = 1, 2, 4  # flags of a packet
 _NO_TIME = -(2**63)
+_MOST_SELECTED = 2000  # Linux takes 128 KB an argument
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,14 +82,21 @@ class VideoFrames:
     times = np.unique(wanted)
     if not len(times):
       return np.zeros(shape, np.uint8), 0
+    first, last = np.searchsorted(self.times, times[[0, -1]])
+    select = last - first >= len(times)  # the rate leaves frames between them out
+    if select and len(times) > _MOST_SELECTED:
+      middle = (start + stop) // 2
+      (one, bad), (two, worse) = self.read(start, middle), self.read(middle, stop)
+      return np.concatenate([one, two]), bad + worse
+    filters = [f"trim=start_pts={times[0]}:end_pts={times[-1] + 1}"]
+    if select:
+      filters.append("select=" + _sum([f"eq(pts\\,{time})" for time in times]))
     keys = self.keys[1:]  # the first is where the file starts
     keys = keys[keys <= times[0]]
-    found, frames, clean = self._decode(times, keys[-1] if len(keys) else None)
+    found, frames, clean = self._decode(filters, keys[-1] if len(keys) else None)
     if len(keys) and not (clean and np.array_equal(found, times)):
-      found, frames, _ = self._decode(times, None)
+      found, frames, _ = self._decode(filters, None)
     missing = int(np.isin(times, found, invert=True).sum())
-    if missing:
-      _log.warning("%s: %d of %d frames do not decode", self.path, missing, len(times))
     if not len(found):
       return np.zeros(shape, np.uint8), missing
     if np.array_equal(found, wanted):
@@ -100,20 +106,17 @@ class VideoFrames:
     return frames[order[np.maximum(rows, 0)]], missing
 
   def _decode(
-    self, times: np.ndarray, key: int | None
+    self, filters: Sequence[str], key: int | None
   ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Frames of these times, from a keyframe on; None is the start of the file.
+    """What passes the filters, from a keyframe on; None is the start of the file.
 
     Returns:
-      times (n,) and frames (n, h, w, 3) of those that came, in order, and whether the
-      decoder complained of nothing.
+      times (n,) and frames (n, h, w, 3), and whether the decoder complained of nothing.
     """
-    filters = [f"trim=start_pts={times[0]}:end_pts={times[-1] + 1}"]
-    inside = (times[0] <= self.times) & (self.times <= times[-1])
-    if inside.sum() > len(times):  # frames that the wanted rate leaves out
-      filters.append("select=" + _sum([f"eq(pts\\,{time})" for time in times]))
     # A little later: ffmpeg rounds, and takes the last keyframe up to there.
-    seconds = () if key is None else ("-ss", f"{float(key * self.unit) + 1e-3:.6f}")
+    seconds = (
+      () if key is None else ("-ss", f"{float(int(key) * self.unit) + 1e-3:.6f}")
+    )
     _, output, log = run_ffmpeg(
       *("-loglevel", "error", "-copyts", "-seek_timestamp", "1", "-noaccurate_seek"),
       *(*seconds, "-threads", "1", "-i", "file:" + str(self.path), "-map", "0:v:0"),
@@ -127,7 +130,9 @@ class VideoFrames:
     clean = not line.sub("", log).strip()
     if not output:
       return found[:0], np.zeros((0, self.height, self.width, 3), np.uint8), clean
-    return found, pictures(output), clean
+    frames = pictures(output)
+    count = min(len(found), len(frames))  # a crash may come between the two
+    return found[:count], frames[:count], clean
 
 
 def open_video(
@@ -156,48 +161,61 @@ def open_video(
   if not path.is_file():
     raise FileNotFoundError(f"video {str(path)!r} does not exist")
   filters = tuple(resize_filters(height, width))
-  source = ("-i", "file:" + str(path), "-map", "0:v:0")
-  code, output, log = run_ffmpeg(
-    *("-loglevel", "error", "-copyts", *source),
+  listing, log = _list(
+    path,
     *("-c", "copy", "-f", "framecrc", "pipe:1"),
     *("-map", "0:v:0", "-frames:v", "1", "-c:v", "rawvideo"),
     *(("-vf", ",".join(filters)) if filters else ()),
     *("-f", "framecrc", "pipe:2"),
   )
-  listing = output.decode()
-  size = re.search(r"#dimensions 0: (\d+)x(\d+)", log)
-  # A crash may leave a part of the list, which would be taken for a shorter video.
-  if code < 0 or not listing or not size:
-    raise ValueError(f"cannot read video {str(path)!r}: {cause(code, log)}")
-  codec = re.search(r"#codec_id 0: (\S+)", listing)[1]
-  packets, keys = _packets(listing), []
+  packets = _packets(listing)
   times = {packet[0] for packet in packets}
-  whole = len(times) == len(packets) and _NO_TIME not in times
-  if codec in _LISTED_BY_PACKETS and whole:
-    keys = [time for time, _, flags in packets if flags & _KEY]
+  codec = re.search(r"#codec_id 0: (\S+)", listing)
+  if (
+    codec
+    and codec[1] in _LISTED_BY_PACKETS
+    and len(times) == len(packets)
+    and _NO_TIME not in times
+  ):
+    keys = sorted(time for time, _, flags in packets if flags & _KEY)
   else:
     decoded = ("-c:v", "wrapped_avframe", "-fps_mode", "passthrough")
-    listing = run_ffmpeg(
-      *("-loglevel", "error", "-copyts", *source, *decoded),
-      *("-enc_time_base", "demux", "-f", "framecrc", "pipe:1"),
-    )[1].decode()
-    packets = _packets(listing)
+    units = ("-enc_time_base", "demux")
+    listing, _ = _list(path, *decoded, *units, "-f", "framecrc", "pipe:1")
+    packets, keys = _packets(listing), []
   frames = sorted(
     (time, length)
     for time, length, flags in packets
     if not flags & (_CORRUPT | _DISCARD)
   )
+  size = re.search(r"#dimensions 0: (\d+)x(\d+)", log)
+  if not frames or not size:
+    raise ValueError(f"cannot read video {str(path)!r}: {cause(0, log)}")
   unit = Fraction(re.search(r"#tb 0: (\S+)", listing)[1])
   return VideoFrames(
     path=path,
     height=int(size[2]),
     width=int(size[1]),
     times=np.array([time for time, _ in frames], np.int64),
-    keys=np.array(sorted(keys), np.int64),
+    keys=np.array(keys, np.int64),
     unit=unit,
     shown=np.arange(len(frames)) if fps is None else _resample(frames, unit, fps),
     filters=filters,
   )
+
+
+def _list(path: Path, *outputs: str) -> tuple[str, str]:
+  """What ffmpeg writes about a video, and its log.
+
+  Raises:
+    ValueError: it crashed, which may leave a part of a list; a part would be taken for
+      a shorter video.
+  """
+  source = ("-copyts", "-i", "file:" + str(path), "-map", "0:v:0")
+  code, output, log = run_ffmpeg("-loglevel", "error", *source, *outputs)
+  if code < 0:
+    raise ValueError(f"cannot read video {str(path)!r}: {cause(code, log)}")
+  return output.decode(), log
 
 
 def _sum(terms: Sequence[str]) -> str:
