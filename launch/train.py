@@ -212,6 +212,9 @@ def train(config: ml_collections.ConfigDict) -> dict[str, float]:
   if source.skipped:
     names = ", ".join(sorted(source.skipped))
     log.warning("%d clips were skipped: %s", len(source.skipped), names)
+  if source.damaged:
+    names = ", ".join(sorted(source.damaged))
+    log.warning("%d clips were damaged: %s", len(source.damaged), names)
 
   # ------------------------------------------------------------------ result
   if int(state.step) == config.steps:

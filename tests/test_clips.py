@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from test_video_frames import spoil
 
 from longlive_jax.data import clips
 from longlive_jax.data.clip import Chunking, captions_of, load_clip, save_latents
@@ -113,6 +114,34 @@ def test_bad_clips_are_named_counted_and_replaced(broken, caplog):
   assert loaded == ["c0", "c1", "c2", "c4", "c6"] and "c3" in source.skipped
 
 
+def test_a_clip_with_a_hole_keeps_its_place_in_batches(folder, tmp_path, caplog):
+  """Only a process that decodes the hole sees it: it may not skip the clip."""
+  shutil.copytree(folder, tmp_path / "data")
+  spoil(tmp_path / "data" / "videos" / "c3.mp4", 2)  # frames 48 to 71 of 61
+  whole, streams = [], []
+  for frames in (None, range(45), range(40, 61)):
+    source = clips.clip_source(tmp_path / "data")
+    chunking = Chunking(chunks=2)
+    batches = clips.clip_batches(
+      source, 7, chunking, seed=0, frames=frames, threads=1
+    )
+    batch = next(batches)
+    streams.append(batch["name"])
+    assert source.damaged == ({} if frames == range(45) else {"c3": 13})
+    assert not source.skipped
+    whole = batch["frames"] if frames is None else whole
+    for row, shown in zip(batch["frames"], whole, strict=True):
+      np.testing.assert_array_equal(
+        row, shown[slice(None) if frames is None else frames]
+      )
+  assert streams[0] == streams[1] == streams[2]
+  assert "clip c3: 13 pictures do not decode" in caplog.messages
+  source = clips.clip_source(tmp_path / "data")
+  loaded = clips.load_clips(source, Chunking(chunks=2))
+  assert len(loaded) == 6
+  assert source.skipped == {"c3": "13 pictures of it do not decode"}
+
+
 def test_errors_say_what_is_wrong(folder, tmp_path):
   with pytest.raises(ValueError, match="holds no clip"):
     clips.clip_source(tmp_path)
@@ -192,6 +221,35 @@ def test_short_clips_are_filled_up_and_say_so(tmp_path):
     load_clip(source[0], Chunking(2, chunks=5, min_chunks=4))
   with pytest.raises(ValueError, match="chunks=5 must be at least min_chunks=6"):
     Chunking(2, chunks=5, min_chunks=6)
+
+
+@pytest.mark.parametrize(
+  ("lengths", "size", "settings"),
+  [
+    ([99], {}, {}),
+    ([99], {"height": 8, "width": 16, "fps": 10.0}, {}),
+    ([99], {}, {"max_chunks_per_shot": 2, "chunks": 4}),
+    ([22, 7, 20, 40], {}, {"chunks": 5, "max_chunks_per_shot": 2}),
+    ([22, 7, 20], {"fps": 30.0}, {}),
+    ([22], {}, {"chunks": 9, "min_chunks": 1}),
+  ],
+)
+def test_some_frames_of_a_clip(tmp_path, lengths, size, settings):
+  """What else is known of it does not depend on which frames are read."""
+  write_clip_of(tmp_path, "v", lengths, "abcd"[: max(2, len(lengths))])
+  source = clips.clip_source(tmp_path, **size)
+  whole = load_clip(source[0], Chunking(2, **settings))
+  frames = whole.pop("frames")
+  n = len(frames)
+  assert n == 8 * len(whole["prompts"]) - 3
+  parts = (range(n // 2), range(n // 3, n), range(n - 2, n), [3, 4, *range(11, n)], [])
+  for numbers in parts:
+    part = load_clip(source[0], Chunking(2, **settings), numbers)
+    np.testing.assert_array_equal(part.pop("frames"), frames[list(numbers)])
+    for key, value in whole.items():
+      np.testing.assert_array_equal(part[key], value, err_msg=key)
+  with pytest.raises(ValueError, match="99 chunks need"):
+    load_clip(source[0], Chunking(2, chunks=99), range(2))
 
 
 # ---------------------------------------------------------------------- bad input

@@ -1,6 +1,8 @@
 """Clips encoded by parts: the latents of the whole, and no more video than needed."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from random_weights import TINY_VAE, fill, random_vae
+from test_video_frames import spoil
 
 from longlive_jax.data.video import VideoWriter, read_video
 from longlive_jax.models import vae
@@ -108,6 +111,17 @@ def test_a_span_beyond_the_clip_reads_nothing():
   )
   assert spans.video_frames(3) == (5, 5)
   assert spans.pad(np.ones((1, 0, 2, 2, 3), np.uint8), 3).shape == (1, 8, 2, 2, 3)
+  assert spans.frames_of([3]).tolist() == []
+  assert spans.frames_of([0, 2]).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_frames_of_some_devices():
+  spans = halo.Spans(
+    latents=32, devices=8, length=4, halo=2, frames_per_call=2, factor=4
+  )
+  assert spans.video_frames(1) == (5, 29) and spans.video_frames(2) == (21, 45)
+  assert spans.frames_of([1, 2]).tolist() == [*range(5, 45)]
+  assert spans.frames_of([6, 1]).tolist() == [*range(5, 29), *range(85, 109)]
 
 
 SCRIPT = """
@@ -177,6 +191,95 @@ def test_devices_read_and_encode_their_spans(tmp_path):
   assert found["equal"]
   assert found["most"] < found["clip"]
   assert found["refused"] == "width=15 must be a multiple of 4"
+
+
+# Clips of 64 latent frames; of 2 processes each encodes a half of every one.
+SHARED = """
+import json
+import sys
+
+import jax
+
+folder, distributed = sys.argv[1:]
+if distributed:
+  jax.config.update("jax_num_cpu_devices", 2)
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+
+import numpy as np
+from random_weights import fill
+
+from flax import nnx
+from longlive_jax.data.clip import Chunking
+from longlive_jax.data.clips import clip_source
+from longlive_jax.models import vae
+from longlive_jax.parallel import mesh as meshes
+from longlive_jax.train.latents import StreamedBatches, ViewSettings
+
+meshes.initialize(distributed)
+mesh = meshes.training_mesh(1, 4) if distributed else None
+config = vae.VAEConfig(2, 2, 8, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
+network = fill(jax.eval_shape(lambda: vae.VideoVAE(config, rngs=nnx.Rngs(0))))
+
+
+def tokenizer(prompts):
+  ids = np.array([[len(prompt)] * 4 for prompt in prompts], np.int32)
+  return ids, np.ones_like(ids)
+
+
+source = clip_source(folder, height=16, width=16)
+batches = StreamedBatches(
+  source, network, tokenizer, 2, ViewSettings(window=32, plain=1.0),
+  Chunking(2, chunks=32), seed=0, threads=1, mesh=mesh,
+)
+found = {"names": [], "latents": []}
+for _ in range(2):
+  batch = meshes.to_host(next(batches))
+  found["names"].append(batches.clips)
+  found["latents"].append(np.float64(batch["latents"]).tolist())
+print(json.dumps({
+  **found, "held": next(batches._clips)["frames"].shape[1],
+  "skipped": list(source.skipped), "damaged": source.damaged
+}))
+"""
+
+
+def test_a_process_reads_the_frames_of_its_spans(tmp_path):
+  """One of the four clips cannot be read, and one has a hole in its second half."""
+  rng = np.random.default_rng(0)
+  for name in "abcd":
+    (tmp_path / "caption" / name).mkdir(parents=True)
+    (tmp_path / "caption" / name / "0.json").write_text('{"caption": "a clip"}')
+    path = tmp_path / "videos" / f"{name}.mp4"
+    path.parent.mkdir(exist_ok=True)
+    with VideoWriter(path) as writer:
+      writer.append(rng.integers(0, 256, (253, 24, 32, 3), np.uint8))
+  (tmp_path / "videos" / "b.mp4").write_bytes(b"no video")
+  spoil(tmp_path / "videos" / "c.mp4", 8)  # frames 192 to 215
+
+  def start(distributed: str) -> subprocess.Popen:
+    code = f"import sys\nsys.path[:0] = {[str(TESTS), str(TESTS.parent)]!r}\n{SHARED}"
+    return subprocess.Popen(
+      [sys.executable, "-c", code, str(tmp_path), distributed],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  found = []
+  for process in [start(""), *(start(f"{address},{i},2") for i in (0, 1))]:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    found.append(json.loads(out.splitlines()[-1]))
+  one, *both = found
+  assert {*one["names"][0], *one["names"][1]} == {*"acd"} and one["held"] == 253
+  # Up to the end of the span of device 1, and from the halo of device 2 on.
+  assert [process["held"] for process in both] == [125, 208]
+  assert one["damaged"] == both[1]["damaged"] == {"c": 24} and not both[0]["damaged"]
+  for process in both:
+    assert process["names"] == one["names"] and process["skipped"] == ["b"]
+    np.testing.assert_allclose(process["latents"], one["latents"], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["latents", "devices", "frames_per_call"])

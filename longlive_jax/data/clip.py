@@ -4,17 +4,24 @@ A clip is a video with several shots in it, a folder with one video a shot, or l
 that tools/encode_latents.py made of either. A video of 1 + 4 (f - 1) frames has f
 latent frames; with 8 to a chunk the first chunk has 29 frames and the others 32. Frames
 beyond the last whole chunk of a shot's file are cut.
+
+Processes that share a clip each decode only their own frames of it. All else about the
+clip, and whether it can be used at all, they know from the packets of its files, which
+each of them lists to the end: so they agree.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longlive_jax.data.video import read_video
+from longlive_jax.data.video_frames import VideoFrames, open_video
 from longlive_jax.generate.storyboard import (
   SCENE_CUT_PREFIX,
   read_caption,
@@ -89,40 +96,52 @@ class Chunking:
     return 4 * self.frames_per_chunk
 
 
-def load_clip(clip: Clip, chunking: Chunking) -> dict[str, Any]:
+def load_clip(
+  clip: Clip, chunking: Chunking, frames: Sequence[int] | None = None
+) -> dict[str, Any]:
   """Reads a clip and its prompts.
+
+  Args:
+    frames: which of the clip's video frames are read, ascending; None: all. Latents
+      are read whole.
 
   Returns:
     name: str.
-    frames: uint8 (1 + 4 (chunks * frames_per_chunk - 1), h, w, 3); or
+    frames: uint8 (1 + 4 (chunks * frames_per_chunk - 1), h, w, 3), or those asked for;
+      or
     latents: float32 (chunks * frames_per_chunk, y, x, c), of a file of latents.
     prompts: list of `chunks` strings, the first chunk of every later shot with the
       scene-cut prefix.
     cuts: bool (chunks,), the chunk starts a new shot; never chunk 0.
     valid: int32 (), chunks that are the clip's own; those behind repeat its end.
+    damaged: int32 (), pictures among those read that do not decode; others stand in.
 
   Raises:
-    ValueError, FileNotFoundError: unreadable or too short; names the file.
+    ValueError, FileNotFoundError: unreadable or too short; names the file. It does not
+      depend on `frames`.
   """
   kind, per_chunk, missing = "frames", chunking.video_frames, 3
   if clip.encoded:
     kind, per_chunk, missing = "latents", chunking.frames_per_chunk, 0
-    rows, prompts = _load_latents(clip, chunking)
+    read, prompts, length = _find_latents(clip, chunking)
   elif len(clip.files) > 1:
-    rows, prompts = _load_shots(clip, chunking)
+    read, prompts, length = _find_shots(clip, chunking)
   else:
-    rows, prompts = _load_video(clip, chunking)
+    read, prompts, length = _find_video(clip, chunking)
   wanted = chunking.chunks or len(prompts)
   least = chunking.min_chunks or wanted or 1
   if len(prompts) < least:
     raise ValueError(
-      f"clip {_place(clip)!r} has {len(rows)} {kind}; {least} chunks need "
+      f"clip {_place(clip)!r} has {length} {kind}; {least} chunks need "
       f"{per_chunk * least - missing}"
     )
   valid = min(wanted, len(prompts))
   prompts = prompts[:valid] + [prompts[valid - 1]] * (wanted - valid)
-  rows = rows[: per_chunk * valid - missing]
-  rows = np.concatenate([rows, np.repeat(rows[-1:], per_chunk * (wanted - valid), 0)])
+  if frames is None or clip.encoded:
+    frames = range(per_chunk * wanted - missing)
+  # What fills up a short clip is its last frame.
+  numbers = np.asarray(frames, np.int64)
+  rows, damaged = read(np.minimum(numbers, per_chunk * valid - missing - 1))
   starts = [prompt.startswith(SCENE_CUT_PREFIX) for prompt in prompts]
   numbers = np.arange(wanted)
   return {
@@ -131,6 +150,7 @@ def load_clip(clip: Clip, chunking: Chunking) -> dict[str, Any]:
     "prompts": prompts,
     "cuts": np.array(starts) & (0 < numbers) & (numbers < valid),
     "valid": np.array(valid, np.int32),
+    "damaged": np.array(damaged, np.int32),
   }
 
 
@@ -154,17 +174,23 @@ def save_latents(path: Path, latents: np.ndarray, prompts: list[str]) -> None:
   beside.replace(path)
 
 
-# Each returns the frames of a clip and the prompts of its whole chunks. What is behind
-# the last of these stays, for the message.
-def _load_video(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]]:
+# read(numbers): these rows of a clip, ascending, and how many of them do not decode.
+_Read = Callable[[np.ndarray], tuple[np.ndarray, int]]
+
+
+# Each returns how to read a clip, the prompts of its whole chunks, and the number of
+# rows there are, for the message.
+def _find_video(clip: Clip, chunking: Chunking) -> tuple[_Read, list[str], int]:
   """One video, whose shots follow each other in it."""
   per_chunk, most = chunking.video_frames, chunking.max_chunks_per_shot
-  # Later shots make up for what is left out of the first ones.
-  whole = chunking.chunks is None or most
-  video = _read(clip, clip.files[0], None if whole else per_chunk * chunking.chunks - 3)
+  video = _open(clip, clip.files[0])
+  count = (len(video) + 3) // per_chunk
+  if chunking.chunks is not None and not most:
+    # Else later shots make up for what is left out of the first ones.
+    count = min(count, chunking.chunks)
   prompts = spread_shots(
     read_captions(clip.captions),
-    (len(video) + 3) // per_chunk,
+    count,
     durations=read_durations(clip.captions / "shot_durations.txt"),
     chunks_per_shot=chunking.chunks_per_shot or None,
   )
@@ -173,37 +199,40 @@ def _load_video(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]]:
     length = 1 if prompt.startswith(SCENE_CUT_PREFIX) else length + 1
     if not most or length <= most:
       kept.append(chunk)
-  if len(kept) == len(prompts):
-    return video, prompts
-  pieces = [video[max(0, per_chunk * c - 3) : per_chunk * (c + 1) - 3] for c in kept]
-  return np.concatenate(pieces), [prompts[c] for c in kept]
+  left = len(video) if len(kept) == len(prompts) else per_chunk * len(kept) - 3
+  chunks = [(video, max(0, per_chunk * c - 3)) for c in kept]
+  read = functools.partial(_read_chunks, chunks, per_chunk)
+  return read, [prompts[c] for c in kept], left
 
 
-def _load_shots(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]]:
+def _find_shots(clip: Clip, chunking: Chunking) -> tuple[_Read, list[str], int]:
   """A video a shot."""
   per_chunk, most = chunking.video_frames, chunking.max_chunks_per_shot
-  pieces, prompts = [], []
+  size, chunks, prompts = None, [], []
   for file in clip.files:
     if chunking.chunks is not None and len(prompts) >= chunking.chunks:
       break
     missing = 0 if prompts else 3
-    video = _read(clip, file, per_chunk * most - missing if most else None)
-    if pieces and pieces[0].shape[1:] != video.shape[1:]:
+    video = _open(clip, file)
+    size = size or _size(video)
+    if _size(video) != size:
       raise ValueError(
-        f"video {str(file)!r} is {_size(video)}, the shots before it "
-        f"{_size(pieces[0])}; give height and width for all"
+        f"video {str(file)!r} is {_size(video)}, the shots before it {size}; give "
+        "height and width for all"
       )
     count = (len(video) + missing) // per_chunk
-    pieces.append(video[: max(0, per_chunk * count - missing)])
+    count = min(count, most) if most else count
+    chunks += [(video, max(0, per_chunk * c - missing)) for c in range(count)]
     caption = read_caption(clip.captions / f"{file.stem}.json")
     shot = [caption] * count
     if prompts and shot:
       shot[0] = SCENE_CUT_PREFIX + caption
     prompts += shot
-  return np.concatenate(pieces), prompts
+  read = functools.partial(_read_chunks, chunks, per_chunk)
+  return read, prompts, max(0, per_chunk * len(chunks) - 3)
 
 
-def _load_latents(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]]:
+def _find_latents(clip: Clip, chunking: Chunking) -> tuple[_Read, list[str], int]:
   latents, prompts = _arrays(clip, "latents", "prompts")
   prompts = json.loads(str(prompts))
   if len(latents) != len(prompts) * chunking.frames_per_chunk:
@@ -211,7 +240,35 @@ def _load_latents(clip: Clip, chunking: Chunking) -> tuple[np.ndarray, list[str]
       f"latents {_place(clip)!r} have {len(latents)} frames for {len(prompts)} chunks, "
       f"not frames_per_chunk={chunking.frames_per_chunk} each; encode them again"
     )
-  return latents.astype(np.float32), prompts
+  return lambda rows: (latents[rows].astype(np.float32), 0), prompts, len(latents)
+
+
+def _read_chunks(
+  chunks: Sequence[tuple[VideoFrames, int]], per_chunk: int, numbers: np.ndarray
+) -> tuple[np.ndarray, int]:
+  """Frames of a clip by their numbers.
+
+  Args:
+    chunks: where each begins: a video, and the number of a frame in it.
+  """
+  chunk, offset = np.divmod(numbers + 3, per_chunk)
+  # The first chunk has no frames 0 to 2.
+  place = np.array([start for _, start in chunks])[chunk] + offset - 3 * (chunk == 0)
+  videos = [chunks[c][0] for c in chunk]
+  # What follows each other in a file is decoded at once; what fills up stays in place.
+  cut = np.array([a is not b for a, b in itertools.pairwise(videos)], bool)
+  cut |= ~np.isin(np.diff(place), (0, 1))
+  first = chunks[0][0]
+  frames = np.empty((len(numbers), first.height, first.width, 3), np.uint8)
+  damaged, begin = 0, 0
+  for end in (*(1 + np.flatnonzero(cut)), len(numbers)):
+    if begin < end:
+      start = place[begin]
+      found, bad = videos[begin].read(start, place[end - 1] + 1)
+      frames[begin:end] = found[place[begin:end] - start]
+      damaged += bad
+    begin = end
+  return frames, damaged
 
 
 def _arrays(clip: Clip, *names: str) -> list[np.ndarray]:
@@ -226,10 +283,9 @@ def _place(clip: Clip) -> str:
   return str(clip.files[0] if len(clip.files) == 1 else clip.files[0].parent)
 
 
-def _size(video: np.ndarray) -> str:
-  return f"{video.shape[1]}x{video.shape[2]}"
+def _size(video: VideoFrames) -> str:
+  return f"{video.height}x{video.width}"
 
 
-def _read(clip: Clip, file: Path, frames: int | None) -> np.ndarray:
-  size = {"height": clip.height, "width": clip.width, "fps": clip.fps}
-  return read_video(file, frames=frames, **size)[0]
+def _open(clip: Clip, file: Path) -> VideoFrames:
+  return open_video(file, height=clip.height, width=clip.width, fps=clip.fps)

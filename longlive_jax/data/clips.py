@@ -17,6 +17,12 @@ or, as tools/encode_latents.py makes it of such a folder, DIR/latents/<name>.npz
 Batches hold the same samples in the same order however many processes share them. A
 file that cannot be read is reported by name, counted in `source.skipped`, and the
 next clip of the folder takes its place.
+
+That is decided by the packets of the clip's files and by their first pictures, which
+every process reads alike. A picture in the middle that does not decode is seen only by
+the processes that decode it: in batches such a clip stays in its place, with the
+picture before instead, and is counted in `source.damaged`. `load_clips` reads whole
+clips and skips it.
 """
 
 import logging
@@ -39,11 +45,13 @@ class ClipSource(Sequence):
 
   Attributes:
     skipped: cause of the failure by name of the clip.
+    damaged: by name of a clip that is used, how many pictures did not decode.
   """
 
   def __init__(self, clips: Iterable[Clip]):
     self._clips = tuple(clips)
     self.skipped: dict[str, str] = {}
+    self.damaged: dict[str, int] = {}
 
   def __len__(self) -> int:
     return len(self._clips)
@@ -56,6 +64,12 @@ class ClipSource(Sequence):
     if name not in self.skipped:
       self.skipped[name] = str(error)
       _log.warning("skipped clip %s: %s", name, error)
+
+  def damage(self, name: str, pictures: int) -> None:
+    """Reports a clip that is used although pictures of it do not decode; once."""
+    if name not in self.damaged:
+      self.damaged[name] = pictures
+      _log.warning("clip %s: %d pictures do not decode", name, pictures)
 
 
 def clip_source(
@@ -141,7 +155,10 @@ def load_clips(
 
   def load(clip: Clip) -> dict[str, Any] | None:
     try:
-      return load_clip(clip, chunking)
+      loaded = load_clip(clip, chunking)
+      if loaded["damaged"]:
+        raise ValueError(f"{loaded['damaged']} pictures of it do not decode")
+      return loaded
     except (ValueError, OSError) as error:
       source.skip(clip.name, error)
       return None
@@ -157,12 +174,14 @@ def clip_batches(
   *,
   seed: int,
   rows: Sequence[int] | None = None,
+  frames: Sequence[int] | None = None,
   threads: int = 8,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches of clips; each epoch has its own order.
 
   Args:
     rows: the samples of every batch that are read here; None: all.
+    frames: the video frames of every clip that are read here; None: all.
 
   Each batch: what `load_clip` gives, of b rows, as lists or stacked.
   """
@@ -177,9 +196,13 @@ def clip_batches(
       clip = source[(index + step) % len(source)]
       if clip.name not in source.skipped:
         try:
-          return load_clip(clip, chunking)
+          loaded = load_clip(clip, chunking, frames)
         except (ValueError, OSError) as error:
           source.skip(clip.name, error)
+          continue
+        if loaded["damaged"]:
+          source.damage(clip.name, int(loaded["damaged"]))
+        return loaded
     raise ValueError(f"none of {len(source)} clips can be used: {source.skipped}")
 
   samples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()

@@ -43,45 +43,72 @@ def read_video(
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"video {str(path)!r} does not exist")
-  if (height is None) != (width is None):
-    raise ValueError(f"height={height} and width={width}: give both or neither")
-  filters = []
+  filters = resize_filters(height, width)
   if fps is not None:
-    filters.append(f"fps={fps}")
-  if height is not None:
-    filters.append(
-      f"scale={width}:{height}:force_original_aspect_ratio=increase,"
-      f"crop={width}:{height}"
-    )
+    filters.insert(0, f"fps={fps}")
   # trim counts decoded frames, so it is exact in files without a seek index, which
   # fragmented MP4s are.
   end = "" if frames is None else f":end_frame={start + frames}"
   if start or end:
     filters.append(f"trim=start_frame={start}{end},setpts=PTS-STARTPTS")
-  command = [
-    *(imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats"),
+  code, output, log = run_ffmpeg(
     *("-threads", "1", "-i", "file:" + str(path), "-map", "0:v:0"),
     *(("-vf", ",".join(filters)) if filters else ()),
-    # passthrough: ffmpeg 7 otherwise repeats the last frame to fill up time.
-    *("-fps_mode", "passthrough", "-pix_fmt", "rgb24"),
-    *("-c:v", "ppm", "-f", "image2pipe", "pipe:1"),
-  ]
-  # imageio_ffmpeg.read_frames would run Python between fork and exec, which can
-  # deadlock beside JAX's threads.
-  run = subprocess.run(command, capture_output=True)
-  log = run.stderr.decode(errors="replace")
-  if not run.stdout:
-    if run.returncode == 0:
+    *PICTURES,
+  )
+  if not output:
+    if code == 0:
       raise ValueError(f"video {str(path)!r} holds no frame at start={start}")
-    raise ValueError(f"cannot read video {str(path)!r}: {log.strip().splitlines()[-1]}")
-  header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", run.stdout)
-  w, h = map(int, header.groups())
-  pictures = np.frombuffer(run.stdout, np.uint8)
-  stride = header.end() + h * w * 3
-  pictures = pictures[: len(pictures) // stride * stride].reshape(-1, stride)
-  video = pictures[:, header.end() :].reshape(-1, h, w, 3)
+    raise ValueError(f"cannot read video {str(path)!r}: {cause(code, log)}")
+  video = pictures(output)
   rate = re.search(r"([\d.]+) fps", log[log.index("Output #0") :])
   return video, float(rate[1])
+
+
+# What ffmpeg is to write: every frame as a PPM file, one behind the other. passthrough:
+# ffmpeg 7 otherwise repeats the last frame to fill up time.
+PICTURES = (
+  *("-fps_mode", "passthrough", "-pix_fmt", "rgb24"),
+  *("-c:v", "ppm", "-f", "image2pipe", "pipe:1"),
+)
+
+
+def pictures(output: bytes) -> np.ndarray:
+  """uint8 (t, h, w, 3), t >= 1: what ffmpeg wrote as PICTURES."""
+  header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", output)
+  w, h = map(int, header.groups())
+  rows = np.frombuffer(output, np.uint8)
+  stride = header.end() + h * w * 3
+  rows = rows[: len(rows) // stride * stride].reshape(-1, stride)
+  return rows[:, header.end() :].reshape(-1, h, w, 3)
+
+
+def resize_filters(height: int | None, width: int | None) -> list[str]:
+  """Filters of ffmpeg that cover a size and crop its centre; none without a size.
+
+  Raises:
+    ValueError: one of both is missing.
+  """
+  if (height is None) != (width is None):
+    raise ValueError(f"height={height} and width={width}: give both or neither")
+  if height is None:
+    return []
+  size = f"{width}:{height}"
+  return [f"scale={size}:force_original_aspect_ratio=increase", f"crop={size}"]
+
+
+def run_ffmpeg(*arguments: str) -> tuple[int, bytes, str]:
+  """Runs ffmpeg to its end: its exit status, what it wrote to stdout, and its log."""
+  # imageio_ffmpeg.read_frames would run Python between fork and exec, which can
+  # deadlock beside JAX's threads.
+  program = (imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats")
+  run = subprocess.run([*program, *arguments], capture_output=True)
+  return run.returncode, run.stdout, run.stderr.decode(errors="replace")
+
+
+def cause(code: int, log: str) -> str:
+  """What ffmpeg said last; a program that crashed said nothing."""
+  return (log.strip() or f"ffmpeg ended with status {code}").splitlines()[-1]
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -15,7 +15,7 @@ The mesh is that of `mesh.training_mesh`: the devices along DATA have other samp
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,12 @@ class Spans:
     total = self.factor * (self.latents - 1) + 1
     end = self.factor * self.length * (device + 1) - self.factor + 1
     return min(max(end - self.padded_frames, 0), total), min(end, total)
+
+  def frames_of(self, devices: Sequence[int]) -> np.ndarray:
+    """The clip's frames that some of the devices read, ascending, each once."""
+    return np.unique(
+      np.concatenate([np.arange(*self.video_frames(device)) for device in devices])
+    )
 
   def pad(self, frames: np.ndarray, device: int) -> np.ndarray:
     """What a device read, with placeholders before and behind the clip.

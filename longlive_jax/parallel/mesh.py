@@ -217,23 +217,27 @@ def last_axis_specs(tree: Any, mesh: Mesh | None) -> Any:
   return jax.tree.map(spec, tree)
 
 
-def own_rows(batch: int, mesh: Mesh | None) -> list[int]:
-  """Samples of a batch that this process's devices work on."""
+def own_parts(count: int, mesh: Mesh | None, axis: str = DATA) -> list[int]:
+  """Samples of a batch, or what else is spread over an axis, of this process's devices.
+
+  Args:
+    count: of all of them.
+  """
   if mesh is None:
-    return list(range(batch))
-  held = sharding(mesh, P(DATA)).addressable_devices_indices_map((batch,))
-  return sorted({row for (at,) in held.values() for row in range(batch)[at]})
+    return list(range(count))
+  held = sharding(mesh, P(axis)).addressable_devices_indices_map((count,))
+  return sorted({row for (at,) in held.values() for row in range(count)[at]})
 
 
 def spread_rows(tree: Any, batch: int, mesh: Mesh | None, spec: P = CLIPS) -> Any:
   """Arrays (own rows, f, ...) of each process as global ones (batch, f, ...).
 
   Args:
-    tree: NumPy arrays with the samples of `own_rows`.
+    tree: NumPy arrays with the samples of `own_parts`.
   """
   if mesh is None:
     return tree
-  place_of = {row: place for place, row in enumerate(own_rows(batch, mesh))}
+  place_of = {row: place for place, row in enumerate(own_parts(batch, mesh))}
 
   def put(own: np.ndarray) -> jax.Array:
     def part(at: tuple[slice, ...]) -> np.ndarray:

@@ -325,10 +325,9 @@ def _take_frames(latents: jax.Array, clip: jax.Array, frames: jax.Array) -> jax.
 class StreamedBatches:
   """Such batches with clips read and encoded as they come: for sets beyond memory.
 
-  Clips come in epochs, every one once in each. On a mesh every process reads the clips
-  of its own devices' samples, and every device encodes its span of them
-  (parallel/halo.py). A process does not stop at the end of its spans: whether a file is
-  whole must look the same to all that share it.
+  Clips come in epochs, every one once in each. On a mesh every device encodes its span
+  of a clip (parallel/halo.py), and every process reads only the clips of its devices'
+  samples, and of them only the frames that some of its devices encode.
 
   Attributes:
     clips: names of the clips that this process has of the last batch.
@@ -347,15 +346,25 @@ class StreamedBatches:
     threads: int = 8,
     mesh: Mesh | None = None,
   ):
-    self._rows = meshes.own_rows(batch_size, mesh)
-    self._clips = clip_batches(
-      source, batch_size, chunking, seed=seed, rows=self._rows, threads=threads
-    )
+    self._rows = meshes.own_parts(batch_size, mesh)
     self._spans = halo.make_spans(
       vae,
       latents=chunking.chunks * chunking.frames_per_chunk,
       devices=1 if mesh is None else mesh.shape[meshes.SEQUENCE],
       frames_per_call=chunking.frames_per_chunk,
+    )
+    # Ascending: of the spans of this process's devices and their halos.
+    self._frames = self._spans.frames_of(
+      meshes.own_parts(self._spans.devices, mesh, meshes.SEQUENCE)
+    )
+    self._clips = clip_batches(
+      source,
+      batch_size,
+      chunking,
+      seed=seed,
+      rows=self._rows,
+      frames=self._frames,
+      threads=threads,
     )
     self._vae, self._mesh = meshes.replicate(vae, mesh), mesh
     self._tokenizer, self._views, self._batch_size = tokenizer, views, batch_size
@@ -392,10 +401,15 @@ class StreamedBatches:
     return {"latents": _take(latents, batch.pop("frames"), self._mesh), **batch}
 
   def _encode(self, video: np.ndarray) -> jax.Array:
-    """Latents of this process's clips, uint8 (rows, t, h, w, 3), and of all others."""
+    """Latents of all clips, of this process's frames, uint8 (rows, t, h, w, 3)."""
     place_of = {row: i for i, row in enumerate(self._rows)}
+
+    def read(rows: range, start: int, stop: int) -> np.ndarray:
+      first, last = np.searchsorted(self._frames, (start, stop))
+      return video[[place_of[row] for row in rows], first:last]
+
     frames = halo.spread_frames(
-      lambda rows, start, stop: video[[place_of[row] for row in rows], start:stop],
+      read,
       self._spans,
       self._mesh,
       batch=self._batch_size,
