@@ -45,6 +45,26 @@ def test_predictions_are_near_what_was_measured(run):
     assert predicted == pytest.approx(value, rel=0.15)
 
 
+@pytest.mark.parametrize(
+  "run", ["fp8_held", "fp8_2_steps", "x2_other", "x2_split", "x4_split"]
+)
+def test_predictions_in_fp8_and_on_several_devices_are_near_it(run):
+  measured = json.loads((RESULTS / f"bench_5b_h200_{run}.json").read_text())
+  sampling = measured["sampling"]
+  settings = Plan(
+    sequence_devices=measured["sequence_devices"],
+    decode_on=measured["decode_on"],
+    precision=measured["precision"],
+    kv_format=sampling["kv_format"],
+    attention_format=sampling["attention_format"],
+  )
+  workload = dataclasses.replace(FULL, steps=sampling["steps"], unrolled=True)
+  found = plan.predict(workload, H200, settings)
+  assert found.denoise_fps == pytest.approx(measured["dit_fps"], rel=0.15)
+  if settings.total > 1:
+    assert found.fps == pytest.approx(measured["end_to_end_fps"], rel=0.15)
+
+
 def test_adapters_take_memory():
   more = dataclasses.replace(FULL, adapter_parameters=10**9)
   apart = plan.predict(more, H200, Plan()).peak - plan.predict(FULL, H200, Plan()).peak
@@ -61,7 +81,7 @@ def test_what_is_added_up_and_what_overlaps():
     other.decoder_memory[part] for part in ("decoder_state", "frames")
   )
   split = plan.predict(FULL, H200, Plan(sequence_devices=4, decode_on="split"))
-  assert split.stages["vae"] == pytest.approx(same.stages["vae"] / 4)
+  assert split.stages["vae"] == pytest.approx(same.stages["vae"] / 4 / plan.APART)
   assert split.stages["exchange"] > 0 == same.stages["exchange"]
   assert 3 < same.denoise_seconds / split.denoise_seconds < 4
 
@@ -76,7 +96,7 @@ def test_quantised_keys_are_exchanged_faster():
   plain = Plan(sequence_devices=2)
   packed = dataclasses.replace(plain, exchange_format="nvfp4")
   seconds = [plan.exchange_seconds(FULL, H200, p) for p in (plain, packed)]
-  latency = 150 * 2 * plan.LATENCY
+  latency = 150 * 4 * plan.LATENCY
   ratio = (seconds[1] - latency) / (seconds[0] - latency)
   assert ratio == pytest.approx((2 * 16 + 2 * 4.5) / (4 * 16))
 
@@ -108,7 +128,7 @@ def test_devices_share_one_video(count):
   assert found.plan.total == count
   numbers = found.plan.precision, found.plan.kv_format, found.plan.exchange_format
   assert numbers == ("", "", "")
-  assert found.fps > 0.85 * count * plan.choose(FULL, H200).fps
+  assert found.fps > 0.75 * count * plan.choose(FULL, H200).fps
 
 
 def test_videos_share_devices_before_tokens_do():
@@ -197,7 +217,7 @@ def test_settings_that_are_impossible(fixed, message):
   [
     (1, 24, {"precision": "", "kv_format": ""},
      r"needs 29\.\d GB a device, 6\.\d GB more .*; kv_format='nvfp4' would fit"),
-    (1, 12, {}, r"needs 1\d\.\d GB a device, .* on 2 devices sequence_devices=2"),
+    (1, 12, {}, r"needs 1\d\.\d GB a device, .* on 2 devices decode_on='other'"),
     (8, 3, {}, "use a smaller height and width"),
   ],
 )  # fmt: skip

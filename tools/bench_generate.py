@@ -71,7 +71,10 @@ _DECODE_TILES = flags.DEFINE_integer(
   "decode_tiles", 1, "Tiles of its last stages.", flag_values=_FLAGS
 )
 _DECODE_ON = flags.DEFINE_enum(
-  "decode_on", "same", ["same", "other", "others", "split"], "Devices of the VAE.",
+  "decode_on",
+  "same",
+  ["same", "other", "split"],
+  "Devices of the VAE.",
   flag_values=_FLAGS,
 )
 _LATENTS_ONLY = flags.DEFINE_bool(

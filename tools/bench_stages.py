@@ -316,4 +316,6 @@ def shares(
 
   denoise = share([name for name in stages if name != "vae"], denoise_ms)
   decode = share(["vae"], decode_ms) if decode_ms else hardware.decode_share
-  return dataclasses.replace(hardware, denoise_share=denoise, decode_share=decode)
+  return dataclasses.replace(
+    hardware, denoise_share=denoise, unrolled_share=denoise, decode_share=decode
+  )

@@ -49,7 +49,7 @@ def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
     decode_on: 'same', where the transformer is; with several devices each has some of
       the videos. 'other', on the next device. 'split', rows or columns of the picture
       over the devices of the transformer: XLA's partitioner exchanges what the
-      convolutions need of their neighbours. 'others', so over all other devices.
+      convolutions need of their neighbours.
     mesh: devices of the transformer; None for the first one.
     y, x: rows and columns of the latents.
 
@@ -64,25 +64,21 @@ def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
     if mesh is None:
       return SingleDeviceSharding(devices[0])
     return meshes.sharding(mesh, P(meshes.DATA))
-  if decode_on in ("other", "others"):
+  if decode_on == "other":
     left = [device for device in jax.devices() if device not in devices]
     if not left:
       raise ValueError(
-        f"decode_on={decode_on!r} needs a device beside the {len(devices)} of the "
+        f"decode_on='other' needs a device beside the {len(devices)} of the "
         "transformer, but there is none; use decode_on='same'"
       )
-    if decode_on == "other" or len(left) == 1:
-      return SingleDeviceSharding(left[0])
-    devices = left
-  elif decode_on != "split":
-    raise ValueError(
-      f"decode_on={decode_on!r} is unknown; use same, other, others or split"
-    )
+    return SingleDeviceSharding(left[0])
+  if decode_on != "split":
+    raise ValueError(f"decode_on={decode_on!r} is unknown; use same, other or split")
   count = len(devices)
   if y % count and x % count:
     fit = [n for n in range(1, jax.device_count() + 1) if y % n == 0 or x % n == 0]
     raise ValueError(
-      f"decode_on={decode_on!r} cannot share {y} rows or {x} columns of latents evenly among "
+      f"decode_on='split' cannot share {y} rows or {x} columns of latents evenly among "
       f"devices={count}; use one of {fit}, or decode_on='same'"
     )
   space = Mesh(np.array(devices), (SPACE,), axis_types=(AxisType.Auto,))

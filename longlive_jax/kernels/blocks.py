@@ -124,19 +124,19 @@ def _estimated(a, b, wanted, from_scale, M4: tl.constexpr, ERROR: tl.constexpr):
   vb4, tb4, qb4 = _round(b, factor4, None)
   da, db = qa - tl.abs(va), qb - tl.abs(vb)
   da4, db4 = qa4 - tl.abs(va4), qb4 - tl.abs(vb4)
-  # A difference d, below 1, is off by less than 2**-18: 5 roundings of v, below 7, and
-  # 2 of the codec's value, at most 6, make 47 * 2**-24. So 16 magnitudes are off by
-  # 2**-14 and 16 squares, as 2 |d| off <= d**2 / 2**16 + 2**16 off**2, by 2**-16 of
-  # their sum and 2**-16 more. Twice that of both candidates also covers roundings of
-  # sums.
+  # A difference d, at most 1, is off by less than 47 * 2**-24: 5 roundings of v, below
+  # 7, and 2 of the codec's value, at most 6. So 16 squares of sum e are by
+  #   2 * 47 * 2**-24 * sqrt(16 e) <= 376 * 2**-24 * (e + 1/4)
+  # and 16 magnitudes by 752 * 2**-24. Roundings of sums, 14 * 2**-24 of them, are in
+  # what 2**-15 and 2**-13 have above that. The scale of four is the larger one.
   if ERROR == "mse":
     error = _squares(da, db) * (scale * scale)
     error4 = _squares(da4, db4) * (scale4 * scale4)
-    doubt = (error + error4 + scale4 * scale4) * 2.0**-14
+    doubt = (error + error4 + 0.5 * scale4 * scale4) * 2.0**-15
   else:
     error = _sum(tl.abs(da) + tl.abs(db)) * scale
     error4 = _sum(tl.abs(da4) + tl.abs(db4)) * scale4
-    doubt = (error + error4 + scale4) * 2.0**-12
+    doubt = (error + error4 + scale4) * 2.0**-13
   # What rounds to 8, as it does with a scale that was cut off or has few bits, is not
   # cut to 6 here. And a scale of 0 is sure for blocks of zeros only.
   small = wanted * M4 <= scale * 6.5
@@ -156,24 +156,18 @@ def _exact(
   unit = number(0x7F000000 - (bits(nonzero) & 0x7F800000))
   scale, best = tl.zeros_like(wanted), tl.zeros_like(wanted)
   words = tl.zeros((a.shape[0], 2), tl.int32)
-  first, word = tl.zeros_like(a), tl.zeros_like(wanted).to(tl.int32)
-  # A loop over candidates and halves: all at once would take more registers than all
-  # the rest, and leave room for half the threads even where this is a rare branch.
-  for step in tl.range(4 + (bits(amax) >> 31)):
-    x = tl.where(step % 2 == 0, a, b)
-    scale_here, factor = _scale(wanted * (1.0 + 0.5 * (step // 2)), from_scale)
-    v, t, q = _round(x, factor, 6.0)
-    error = _error(q, tl.abs(x) * unit, scale_here, amax, unit, SPAN, ERROR)
-    if ERROR == "abs_max":
-      both = tl.max(tl.maximum(first, error), axis=1)
-    else:
-      both = _sum(first + error)
-    better = (step == 3) & (both < best) | (step == 1)
-    best = tl.where(better, both, best)
+  # A loop: both candidates at once would take more registers than all the rest, and
+  # leave room for half the threads even where this is a rare branch.
+  for four in tl.range(2):
+    scale_here, factor = _scale(wanted * (1.0 + 0.5 * four), from_scale)
+    va, ta, qa = _round(a, factor, 6.0)
+    vb, tb, qb = _round(b, factor, 6.0)
+    xa, xb = tl.abs(a) * unit, tl.abs(b) * unit
+    error = _error(qa, qb, xa, xb, scale_here, amax, unit, SPAN, ERROR)
+    better = (error < best) | (four == 0)
+    best = tl.where(better, error, best)
     scale = tl.where(better, scale_here, scale)
-    last = _code_word(t) | _sign_word(v)
-    words = tl.where(better[:, None], tl.join(word, last), words)
-    first, word = error, last
+    words = tl.where(better[:, None], _codes(ta, tb) | _signs(va, vb), words)
   return words, scale
 
 
@@ -246,16 +240,19 @@ def _round(x, factor, LIMIT: tl.constexpr):
 
 
 @jit
-def _error(q, x, scale, amax, unit, SPAN: tl.constexpr, ERROR: tl.constexpr):
-  """Errors (blocks, 8) of magnitudes q against x, which is in units."""
+def _error(qa, qb, xa, xb, scale, amax, unit, SPAN: tl.constexpr, ERROR: tl.constexpr):
+  """Error (blocks,) of magnitudes q against x, which is in units, of halves a and b."""
   # q * scale * amax / span takes two divisions a block, not one a number: q is a power
   # of two, with which rounding commutes, or 1.5 times one.
   one = _divide(scale * amax, SPAN) * unit
   more = _divide(scale * 1.5 * amax, SPAN) * unit
-  power = number(bits(q) & 0x7F800000)
-  by_power = tl.where((bits(q) & 0x400000) != 0, more[:, None], one[:, None])
-  difference = tl.fma(power, by_power, -x)  # the product is exact
-  return difference * difference if ERROR == "mse" else tl.abs(difference)
+  da, db = _difference(qa, one, more, xa), _difference(qb, one, more, xb)
+  if ERROR == "mse":
+    return _sum(da * da + db * db)
+  elif ERROR == "mae":
+    return _sum(tl.abs(da) + tl.abs(db))
+  else:
+    return tl.max(tl.maximum(tl.abs(da), tl.abs(db)), axis=1)
 
 
 @jit
@@ -285,6 +282,13 @@ def _squares(a, b):
   b, b4 = _halve(b)
   x = tl.fma(a, a, tl.fma(a4, a4, tl.fma(b, b, b4 * b4)))
   return tl.reshape(_fold(_fold(x)), (x.shape[0],))
+
+
+@jit
+def _difference(q, one, more, x):
+  power = number(bits(q) & 0x7F800000)
+  by_power = tl.where((bits(q) & 0x400000) != 0, more[:, None], one[:, None])
+  return tl.fma(power, by_power, -x)  # the product is exact
 
 
 @jit

@@ -195,30 +195,25 @@ def _load(
   block = tl.arange(0, TILE)
   valid = block < BLOCKS
   a, b = load_halves(x_ptr + row * BLOCKS * 16, block, valid)
-  dtype = a.dtype
-  a, b = a.to(tl.float32), b.to(tl.float32)
   mean = tl.div_rn(tl.sum(tl.sum(a + b, axis=1), axis=0), BLOCKS * 16.0)
   a = tl.where(valid[:, None], a - mean, 0.0)
   b = tl.where(valid[:, None], b - mean, 0.0)
   variance = tl.sum(tl.sum(a * a + b * b, axis=1), axis=0)
   variance = tl.div_rn(variance, BLOCKS * 16.0)
   factor = tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))
-  a, b = (a * factor).to(dtype), (b * factor).to(dtype)
+  dtype: tl.constexpr = x_ptr.dtype.element_ty
+  a, b = _rounded(a * factor, dtype), _rounded(b * factor, dtype)
   ga, gb = load_halves(scale_ptr + frame * BLOCKS * 16, block, valid)
-  a, b = _times(a, _plus(ga, 1.0)), _times(b, _plus(gb, 1.0))
+  a = _rounded(a * _rounded(ga + 1.0, dtype), dtype)
+  b = _rounded(b * _rounded(gb + 1.0, dtype), dtype)
   sa, sb = load_halves(shift_ptr + frame * BLOCKS * 16, block, valid)
-  a, b = _plus(a, sa.to(tl.float32)), _plus(b, sb.to(tl.float32))
-  return row, block, valid, a.to(tl.float32), b.to(tl.float32)
+  return row, block, valid, _rounded(a + sa, dtype), _rounded(b + sb, dtype)
 
 
 @jit
-def _plus(x, y):
-  return (x.to(tl.float32) + y).to(x.dtype)
-
-
-@jit
-def _times(x, y):
-  return (x.to(tl.float32) * y.to(tl.float32)).to(x.dtype)
+def _rounded(x, dtype: tl.constexpr):
+  """Float32 x as `dtype` has it."""
+  return x.to(dtype).to(tl.float32)
 
 
 @jit

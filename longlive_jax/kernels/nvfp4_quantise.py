@@ -23,6 +23,7 @@ from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
 
 FRONTS = ("none", "token_mean", "channel_mean", "hadamard")
 _TILE = 128  # blocks a program, one a thread
+_WARP = 32  # of four over six: one warp, so that none waits for another's rare branch
 _SIGNS = sum(1 << i for i in range(BLOCK) if nvfp4.hadamard_matrix()[i, 0] < 0)
 
 
@@ -123,6 +124,7 @@ def encode_call(
   """Codes uint8 (groups, 8 blocks) and scales float8_e4m3fn (groups, blocks)."""
   groups, constants = _blocks(x, batch_axes, front)
   chosen, blocks = nvfp4.RULES[rule], constants["BLOCKS"]
+  tile = _TILE if chosen.error is None or front == "channel_mean" else _WARP
   return Call(
     _nvfp4_quantise,
     (x, x if mean is None else mean, amax),
@@ -130,8 +132,15 @@ def encode_call(
       jax.ShapeDtypeStruct((groups, 8 * blocks), jnp.uint8),
       jax.ShapeDtypeStruct((groups, blocks), jnp.float8_e4m3fn),
     ),
-    (math.ceil(blocks / _TILE), groups),
-    {**constants, "M4": chosen.m4, "M8": chosen.m8, "ERROR": chosen.error},
+    (math.ceil(blocks / tile), groups),
+    {
+      **constants,
+      "TILE": tile,
+      "M4": chosen.m4,
+      "M8": chosen.m8,
+      "ERROR": chosen.error,
+    },
+    num_warps=tile // 32,
   )
 
 
@@ -207,7 +216,7 @@ def _load(
     a, b = a - mean[:, None], b - mean[:, None]
   elif FRONT == "hadamard":
     a, b = _rotate(a, b, SIGNS)
-    dtype = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
   return block, valid, a, b
 

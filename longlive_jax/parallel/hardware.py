@@ -25,6 +25,7 @@ class Hardware:
     copy: bytes a second, read and written.
     link, host: bytes a second to another device, and to the host.
     denoise_share, decode_share: of the floor by these rates that whole chunks reach.
+    unrolled_share: the first, of layers that are not run by a scan.
     count: devices.
     shared: they are parts of one processor, so that more of them are not faster.
   """
@@ -43,6 +44,7 @@ class Hardware:
   host: float
   denoise_share: float
   decode_share: float
+  unrolled_share: float
   count: int = 1
   shared: bool = False
 
@@ -67,7 +69,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12}
 
 # Rates were measured with jax 0.11.2 at the 5B model's shapes: a product with fc1,
 # attention of a chunk to its window, 3x3 convolutions over frames side by side, copies
-# of 270 MB. The shares are of the BF16 run in tools/results/bench_5b_h200_nvfp4.json.
+# of 270 MB. The shares are of the BF16 run in tools/results/bench_5b_h200_nvfp4.json,
+# and of bench_5b_h200_fp8.json.
 H200 = Hardware(
   kind="NVIDIA H200",
   source="measured; links and memory published",
@@ -83,6 +86,7 @@ H200 = Hardware(
   host=55e9,
   denoise_share=0.83,
   decode_share=0.72,
+  unrolled_share=0.92,
 )
 
 
@@ -116,7 +120,7 @@ HARDWARE = {
     kind="cpu", source="those of two cores", memory=16e9, matrix=1.7e11,
     matrix_fp8=1.7e11, matrix_fp4=1.7e11, attention=5.5e10, attention_fp8=5.5e10,
     convolution=1.6e11, copy=4.2e10, link=2e10, host=4.2e10, denoise_share=0.67,
-    decode_share=0.37, shared=True,
+    decode_share=0.37, unrolled_share=0.67, shared=True,
   ),
 }  # fmt: skip
 

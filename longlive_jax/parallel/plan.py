@@ -29,7 +29,11 @@ from longlive_jax.parallel.hardware import GB, Hardware
 USABLE = 0.95
 # What a plan must be faster by to be worth more devices.
 WORTH = 0.02
-LATENCY = 2e-5  # seconds of a collective that moves nothing, assumed
+# Of 2 and 4 H200s in one host (tools/results/bench_5b_h200_x*.json): seconds of a
+# collective that moves nothing, what is in front of it and behind it included; and what
+# a decoder reaches away from the transformer, or split, of what it does beside it.
+LATENCY = 6e-5
+APART = 0.78
 
 # From all bits to few: tried in this order.
 PRECISIONS = ("", "w8a16", "w4a16")
@@ -209,7 +213,8 @@ def _denoise_seconds(
   workload: Workload, hardware: Hardware, work: Work
 ) -> tuple[tuple[str, float], ...]:
   stages = costs.transformer_stages(workload.dit, work)
-  share = hardware.denoise_share
+  unrolled = workload.unrolled
+  share = hardware.unrolled_share if unrolled else hardware.denoise_share
   return tuple((n, s.calls * hardware.floor(s) / share) for n, s in stages.items())
 
 
@@ -222,7 +227,7 @@ def exchange_seconds(workload: Workload, hardware: Hardware, plan: Plan) -> floa
     keys = costs.CACHE_BITS.get(plan.exchange_format, 8 * work.itemsize) / 8
     moved = numbers * (2 * work.itemsize + 2 * keys)  # q and out, k and v
     calls = workload.dit.layers * (work.steps + 1)
-    seconds += calls * (moved / hardware.link + 2 * LATENCY)
+    seconds += calls * (moved / hardware.link + 4 * LATENCY)  # q, k, v and out
   if plan.guidance_devices > 1:
     latents = work.frames * workload.y * workload.x * workload.dit.in_channels
     seconds += work.steps * (4 * work.rows * latents / hardware.link + LATENCY)
@@ -245,7 +250,8 @@ def decode_seconds(workload: Workload, hardware: Hardware, plan: Plan) -> float:
     precision=workload.vae_precision,
   )
   seconds = stage.calls * hardware.floor(stage) / hardware.decode_share
-  return seconds / plan.picture_devices
+  apart = 1.0 if plan.decode_on == "same" else APART
+  return seconds / plan.picture_devices / apart
 
 
 def decoded_videos(workload: Workload, plan: Plan) -> int:
