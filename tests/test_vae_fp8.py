@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 
 import bench_decoder
 import eval_decoder
@@ -90,18 +89,6 @@ def test_convolution_of_codes_is_that_of_their_numbers(dtype):
   np.testing.assert_array_equal(
     history.astype(jnp.float32) * weight.input_scale, np.asarray(past)
   )
-
-
-def test_codes_are_reshaped_as_codes():
-  """XLA makes an FP8 convolution of what is converted right in front of it. It moves
-  reshapes there if it may: on an H200 no convolution was one."""
-  conv = with_codes(tiny_conv(16, 16), [1.0] * 16)
-  x, keep = jnp.zeros((2, 4, 5, 6, 16)), jnp.ones((2, 4, 1, 1, 1), bool)
-  history = conv.zero_history(2, 5, 6)
-  program = jax.jit(vae_blocks.causal_conv).lower(conv, x, history, keep).compile()
-  text = program.as_text()
-  assert re.search(r"= f8e4m3fn\[[\d,]+,48\]\S* (bitcast|reshape)\(", text)
-  assert not re.search(r"= f32\[[\d,]+,48\]\S* (bitcast|reshape)\(", text)
 
 
 def test_residual_blocks_of_the_decoder_and_nothing_else(plain, quantised):

@@ -17,7 +17,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from longlive_jax.models.vae import VideoVAE
 from longlive_jax.models.vae_blocks import ResidualBlock, convolve, convolved, read_by
@@ -122,16 +121,15 @@ def _(weight: ConvW8A8, x: Array) -> Array:
 
 @convolved.register
 def _(weight: ConvW8A8, x: Array, dtype: jnp.dtype) -> Array:
-  # XLA looks for exactly this to make a cuDNN convolution of codes: codes converted,
-  # one scalar factor, convolution. Nothing may come between, so reshapes of the codes
-  # are held back: XLA would move them behind the conversion. The scales of the outputs
-  # come after it and are fused with what reads the result. (A bias right behind the
-  # convolution would go into cuDNN's graph as an array of full size.)
+  # XLA can make a cuDNN convolution of codes out of this: codes converted, one scalar
+  # factor, convolution. On an H200 it makes none (jax 0.11.2): it moves reshapes in
+  # between. Held back by an optimization_barrier, they made it try convolutions for
+  # more than four minutes. The scales of the outputs come after it and are fused with
+  # what reads the result.
   o, ky, kx, kt, i = weight.shape
   kernel = weight.weight.codes.reshape(o, ky, kx, kt * i)
-  kernel = lax.optimization_barrier(_filled(_filled(kernel, 0), -1))
-  x = lax.optimization_barrier(_filled(x, -1))
-  x = x.astype(dtype) * weight.input_scale.astype(dtype)
+  kernel = _filled(_filled(kernel, 0), -1)
+  x = _filled(x, -1).astype(dtype) * weight.input_scale.astype(dtype)
   sums = convolve(x, kernel.astype(dtype))[..., :o]
   return (sums * weight.weight.scale.reshape(o)).astype(dtype)
 
