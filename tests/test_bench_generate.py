@@ -18,6 +18,8 @@ from longlive_jax.generate.sampler import Sampling
 from longlive_jax.models import dit, vae
 from longlive_jax.parallel import costs, hardware
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 
 def figures_of(tmp_path, *flags: str) -> dict:
   out = tmp_path / "figures.json"

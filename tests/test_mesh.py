@@ -19,6 +19,7 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_disable_most_optimizations", True)
 
 import numpy as np
 from random_weights import normal, random_dit, random_vae

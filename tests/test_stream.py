@@ -15,6 +15,8 @@ from longlive_jax.generate.sampler import Sampling
 from longlive_jax.generate.stream import Story, copy_state, stream
 from longlive_jax.models import dit, pixels, vae
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 CONFIG = dit.SIZES["test"]
 B, N, Y, X = 2, 2, 2, 2
 SAMPLING = Sampling(

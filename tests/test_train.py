@@ -46,7 +46,7 @@ def compile_cache(tmp_path_factory):
   """Every run here compiles the same programs: once is enough."""
   names = {
     "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
     "jax_persistent_cache_min_entry_size_bytes": -1,
   }
   before = {name: getattr(jax.config, name) for name in names}

@@ -4,6 +4,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
@@ -13,6 +14,8 @@ from longlive_jax.models.umt5 import (
   UMT5Encoder,
   relative_position_bucket,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "umt5"
 

@@ -16,6 +16,8 @@ from longlive_jax.models import pixels, vae, vae_blocks
 from longlive_jax.train import vae as train_vae
 from longlive_jax.train.state import OptimizerSettings, init_state, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 CONFIG = vae.VAEConfig(dim=2, dec_dim=2, z_dim=3, num_res_blocks=1)
 # Fewer stages compile faster: 8 pixels and 4 frames a latent; 4 pixels and 2 frames.
 SHORT = vae.VAEConfig(2, 2, 3, (1, 2, 2), 1, (True, True))

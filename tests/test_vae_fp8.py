@@ -18,6 +18,8 @@ from longlive_jax.models import vae, vae_blocks, vae_fp8
 from longlive_jax.quant import fp8
 from longlive_jax.quant.weights import weight_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 
 @pytest.fixture(scope="module")
 def plain() -> vae.VideoVAE:

@@ -12,6 +12,8 @@ from random_weights import fill, normal
 from longlive_jax.checkpoint import store
 from longlive_jax.models import vae, vae_tiles
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 ONE = vae.VAEConfig(2, 2, 3, (1,), 1, ())
 THREE = vae.VAEConfig(2, 2, 3, (1, 2, 2), 1, (True, True))
 
