@@ -65,6 +65,18 @@ def test_predictions_in_fp8_and_on_several_devices_are_near_it(run):
     assert found.fps == pytest.approx(measured["end_to_end_fps"], rel=0.15)
 
 
+def test_layers_one_by_one_with_relative_rope_are_as_fast_but_hold_no_windows():
+  settings = Plan(precision="fp8", kv_format="e4m3", attention_format="fp8")
+  one = dataclasses.replace(FULL, unrolled=True)
+  moving = dataclasses.replace(one, relative_rope=True)
+  scanned, still, found = (
+    plan.predict(workload, H200, settings) for workload in (FULL, one, moving)
+  )
+  share = H200.unrolled_share / H200.denoise_share
+  assert found.denoise_seconds == pytest.approx(scanned.denoise_seconds / share)
+  assert found.memory["temporaries"] < still.memory["temporaries"]
+
+
 def test_adapters_take_memory():
   more = dataclasses.replace(FULL, adapter_parameters=10**9)
   apart = plan.predict(more, H200, Plan()).peak - plan.predict(FULL, H200, Plan()).peak
@@ -240,6 +252,11 @@ def test_a_report_gives_its_rates(tmp_path):
   assert hardware.measured_hardware(path) == H200
 
 
+def test_a_report_of_before_has_one_share():
+  found = hardware.measured_hardware(RESULTS / "bench_5b_h200_fp8.json")
+  assert found.unrolled_share == found.denoise_share
+
+
 def test_this_machine():
   found = hardware.this_machine()
   assert found.count == jax.device_count() and found.shared
@@ -254,6 +271,7 @@ def config():
     "decode_on": "same", "precision": "", "kv_format": "", "decode_frames": 8,
     "height": 704, "width": 1280, "frames_per_chunk": 8, "window_frames": 32,
     "steps": 4, "guidance": 1.0, "dtype": "bfloat16", "precision_plain_steps": (),
+    "relative_rope": False,
   }  # fmt: skip
 
 

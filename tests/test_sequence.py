@@ -321,7 +321,7 @@ def test_every_two_settings_together_give_the_video_of_one_device(tmp_path):
   path = tmp_path / "report.json"
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   done = subprocess.run(
-    [sys.executable, str(TOOL), "--pairs", "--output", str(path)],
+    [sys.executable, str(TOOL), "--pairs", "--processes=2", "--output", str(path)],
     capture_output=True, text=True, check=False, env=environment,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

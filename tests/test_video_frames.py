@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -125,6 +126,44 @@ def test_pictures_that_do_not_decode_keep_their_places(folder, tmp_path):
     found, missing = video.read(start, stop)
     np.testing.assert_array_equal(found, whole[start:stop])
     assert missing == 0
+
+
+def test_a_video_whose_first_pictures_are_broken_is_as_long(folder, tmp_path):
+  """ffmpeg stops where most of what it saw is broken: then a list ended anywhere."""
+  whole, _ = read_video(folder / "fragments.mp4")
+  path = tmp_path / "long.mp4"
+  with VideoWriter(path) as writer:
+    for _ in range(8):
+      writer.append(whole)
+  spoil(path, 0)
+  assert [len(open_video(path)) for _ in range(3)] == [len(read_video(path)[0])] * 3
+
+
+@pytest.mark.parametrize(
+  ("result", "error"),
+  [
+    ((-signal.SIGKILL, b"", ""), RuntimeError),
+    (OSError("no memory"), RuntimeError),
+    ((-signal.SIGSEGV, b"", ""), ValueError),  # what the file holds: skipped
+  ],
+)
+def test_what_befalls_one_process_is_no_fault_of_the_file(
+  folder, monkeypatch, result, error
+):
+  path = folder / "b_frames.mp4"
+  video = open_video(path)
+
+  def run(*_):
+    if isinstance(result, OSError):
+      raise result
+    return result
+
+  monkeypatch.setattr(video_frames, "run_ffmpeg", run)
+  with pytest.raises(error, match=r"b_frames\.mp4"):
+    open_video(path)
+  if error is RuntimeError:
+    with pytest.raises(error, match=r"b_frames\.mp4"):
+      video.read(0, 3)
 
 
 def test_files_that_end_early_or_hold_nothing(folder, tmp_path):

@@ -208,7 +208,7 @@ def check_all(cases: Sequence[Case], processes: int) -> Iterator[dict[str, Any]]
     processes, multiprocessing.get_context("spawn"), use_fake_devices, (8,)
   ) as pool:
     done = [pool.submit(_check_group, group) for group in groups.values()]
-    for each in concurrent.futures.as_completed(done):
+    for each in done:
       yield from each.result()
 
 

@@ -12,6 +12,7 @@ the decoder complains about or leaves out: such a file is decoded from its start
 
 import dataclasses
 import re
+import signal
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,10 @@ _LISTED_BY_PACKETS = ("h264", "hevc", "vp9", "av1")
 _KEY, _CORRUPT, _DISCARD = 1, 2, 4  # flags of a packet
 _NO_TIME = -(2**63)
 _MOST_SELECTED = 2000  # Linux takes 128 KB an argument
+# What ends ffmpeg because of what a file holds, and so in every process alike.
+_FAULTS = (
+  signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, signal.SIGBUS,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +76,7 @@ class VideoFrames:
 
     Raises:
       ValueError: the video is shorter.
+      RuntimeError: as `open_video`.
     """
     if not 0 <= start <= stop <= len(self):
       raise ValueError(
@@ -84,18 +90,11 @@ class VideoFrames:
       return np.zeros(shape, np.uint8), 0
     first, last = np.searchsorted(self.times, times[[0, -1]])
     select = last - first >= len(times)  # the rate leaves frames between them out
-    if select and len(times) > _MOST_SELECTED:
-      middle = (start + stop) // 2
-      (one, bad), (two, worse) = self.read(start, middle), self.read(middle, stop)
-      return np.concatenate([one, two]), bad + worse
-    filters = [f"trim=start_pts={times[0]}:end_pts={times[-1] + 1}"]
-    if select:
-      filters.append("select=" + _sum([f"eq(pts\\,{time})" for time in times]))
-    keys = self.keys[1:]  # the first is where the file starts
-    keys = keys[keys <= times[0]]
-    found, frames, clean = self._decode(filters, keys[-1] if len(keys) else None)
-    if len(keys) and not (clean and np.array_equal(found, times)):
-      found, frames, _ = self._decode(filters, None)
+    count = -(-len(times) // _MOST_SELECTED) if select else 1
+    parts = [self._find(part, select) for part in np.array_split(times, count)]
+    found, frames = parts[0]
+    if count > 1:
+      found, frames = map(np.concatenate, zip(*parts, strict=True))
     missing = int(np.isin(times, found, invert=True).sum())
     if not len(found):
       return np.zeros(shape, np.uint8), missing
@@ -104,6 +103,19 @@ class VideoFrames:
     order = np.argsort(found, kind="stable")
     rows = np.searchsorted(found, wanted, side="right", sorter=order) - 1
     return frames[order[np.maximum(rows, 0)]], missing
+
+  def _find(self, times: np.ndarray, select: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Times and frames of those of `times` that decode; not `select`: it is all there
+    are from the first to the last."""
+    filters = [f"trim=start_pts={times[0]}:end_pts={times[-1] + 1}"]
+    if select:
+      filters.append("select=" + _sum([f"eq(pts\\,{time})" for time in times]))
+    keys = self.keys[1:]  # the first is where the file starts
+    keys = keys[keys <= times[0]]
+    found, frames, clean = self._decode(filters, keys[-1] if len(keys) else None)
+    if len(keys) and not (clean and np.array_equal(found, times)):
+      found, frames, _ = self._decode(filters, None)
+    return found, frames
 
   def _decode(
     self, filters: Sequence[str], key: int | None
@@ -117,8 +129,9 @@ class VideoFrames:
     seconds = (
       () if key is None else ("-ss", f"{float(int(key) * self.unit) + 1e-3:.6f}")
     )
-    _, output, log = run_ffmpeg(
-      *("-loglevel", "error", "-copyts", "-seek_timestamp", "1", "-noaccurate_seek"),
+    _, output, log = _run(
+      self.path,
+      *("-copyts", "-seek_timestamp", "1", "-noaccurate_seek"),
       *(*seconds, "-threads", "1", "-i", "file:" + str(self.path), "-map", "0:v:0"),
       *("-vf", ",".join((*filters, *self.filters))),
       *("-stats_enc_pre", "pipe:2", "-stats_enc_pre_fmt", "time {pts}"),
@@ -156,6 +169,7 @@ def open_video(
   Raises:
     FileNotFoundError: no such file.
     ValueError: the file is no readable video; names it and quotes ffmpeg.
+    RuntimeError: ffmpeg was killed or did not start, which says nothing about the file.
   """
   path = Path(path)
   if not path.is_file():
@@ -190,7 +204,8 @@ def open_video(
   )
   size = re.search(r"#dimensions 0: (\d+)x(\d+)", log)
   if not frames or not size:
-    raise ValueError(f"cannot read video {str(path)!r}: {cause(0, log)}")
+    why = "it lists no picture" if size else cause(0, log)
+    raise ValueError(f"cannot read video {str(path)!r}: {why}")
   unit = Fraction(re.search(r"#tb 0: (\S+)", listing)[1])
   return VideoFrames(
     path=path,
@@ -210,12 +225,31 @@ def _list(path: Path, *outputs: str) -> tuple[str, str]:
   Raises:
     ValueError: it crashed, which may leave a part of a list; a part would be taken for
       a shorter video.
+    RuntimeError: of `_run`.
   """
   source = ("-copyts", "-i", "file:" + str(path), "-map", "0:v:0")
-  code, output, log = run_ffmpeg("-loglevel", "error", *source, *outputs)
+  code, output, log = _run(path, *source, *outputs)
   if code < 0:
     raise ValueError(f"cannot read video {str(path)!r}: {cause(code, log)}")
   return output.decode(), log
+
+
+def _run(path: Path, *arguments: str) -> tuple[int, bytes, str]:
+  """`run_ffmpeg` on a video.
+
+  Raises:
+    RuntimeError: it did not start, or was killed. Where one process of several went on
+      without the file, the parts of a sample would be of different clips.
+  """
+  # Else it ends, amid a list, where most of what it has decoded so far is broken.
+  patient = ("-loglevel", "error", "-max_error_rate", "1")
+  try:
+    code, output, log = run_ffmpeg(*patient, *arguments)
+  except OSError as error:
+    raise RuntimeError(f"ffmpeg does not start for {str(path)!r}: {error}") from error
+  if code < 0 and -code not in _FAULTS:
+    raise RuntimeError(f"ffmpeg was stopped at {str(path)!r}: {cause(code, log)}")
+  return code, output, log
 
 
 def _sum(terms: Sequence[str]) -> str:

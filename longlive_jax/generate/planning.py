@@ -115,7 +115,8 @@ def workload(
     plain_copy=bool(config["precision_plain_steps"]),
     adapter_parameters=sum(adapter.parameters for adapter in sources.dit.loras),
     vae_precision=sources.vae.vae_precision,
-    unrolled=sources.dit.unrolled and not config["relative_rope"],
+    unrolled=sources.dit.unrolled,
+    relative_rope=config["relative_rope"],
   )
 
 

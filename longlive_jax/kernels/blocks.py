@@ -41,7 +41,8 @@ def load_halves(pointer, block, valid):
   else:
     at = pointer + block[:, None] * 16 + tl.arange(0, 8)
     a = tl.load(at, mask=valid[:, None], other=0.0)
-    return a, tl.load(at + 8, mask=valid[:, None], other=0.0)
+    b = tl.load(at + 8, mask=valid[:, None], other=0.0)
+    return a.to(tl.float32), b.to(tl.float32)
 
 
 @jit

@@ -70,7 +70,7 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12}
 # Rates were measured with jax 0.11.2 at the 5B model's shapes: a product with fc1,
 # attention of a chunk to its window, 3x3 convolutions over frames side by side, copies
 # of 270 MB. The shares are of the BF16 run in tools/results/bench_5b_h200_nvfp4.json,
-# and of bench_5b_h200_fp8.json.
+# that of unrolled layers is of bench_5b_h200_fp8_held.json.
 H200 = Hardware(
   kind="NVIDIA H200",
   source="measured; links and memory published",
@@ -152,8 +152,10 @@ def measured_hardware(path: str | Path) -> Hardware:
     ValueError: no such report.
   """
   try:
-    return Hardware(**json.loads(Path(path).read_text())["hardware"])
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    found = json.loads(Path(path).read_text())["hardware"]
+    # Reports of before had one share for both.
+    return Hardware(**{"unrolled_share": found.get("denoise_share"), **found})
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f"plan={path} is no report of tools/bench_generate.py ({error}); use 'auto' or "
       "'off'"

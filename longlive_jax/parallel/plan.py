@@ -75,6 +75,7 @@ class Workload:
   adapter_parameters: int = 0
   vae_precision: str = ""
   unrolled: bool = False
+  relative_rope: bool = False
 
   @property
   def video_frames(self) -> int:
@@ -178,7 +179,7 @@ def work_of(workload: Workload, plan: Plan) -> Work:
     kv_format=plan.kv_format,
     attention_format=plan.attention_format,
     split=plan.sequence_devices,
-    unrolled=workload.unrolled,
+    unrolled=workload.unrolled and not workload.relative_rope,
   )
 
 
