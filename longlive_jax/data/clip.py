@@ -119,6 +119,7 @@ def load_clip(
   Raises:
     ValueError, FileNotFoundError: unreadable or too short; names the file. It does not
       depend on `frames`.
+    RuntimeError: ffmpeg was killed or did not start; see `video_frames.open_video`.
   """
   kind, per_chunk, missing = "frames", chunking.video_frames, 3
   if clip.encoded:

@@ -57,7 +57,8 @@ class Workload:
     plain_copy: so are the plain weights beside quantised ones (precision by step).
     adapter_parameters: of the adapters beside the weights.
     vae_precision: of the VAE's decoder, as the config names it.
-    unrolled: as of `costs.Work`.
+    unrolled: layers are run one by one.
+    relative_rope: of `sampler.Sampling`; no layer then holds its window.
   """
 
   dit: WanConfig
