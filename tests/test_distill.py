@@ -13,6 +13,7 @@ from longlive_jax.checkpoint import lora, store
 from longlive_jax.generate import sampler
 from longlive_jax.generate.precision import Precision, apply
 from longlive_jax.models import dit, vae
+from longlive_jax.parallel import mesh as meshes
 from longlive_jax.train import distill, dmd, ode, self_forcing
 from longlive_jax.train import lora as train_lora
 from longlive_jax.train import state as train_state
@@ -284,3 +285,18 @@ def test_steps_change_adapters_alone_on_a_base_in_four_bits(base):
     lambda ema, a, b: np.testing.assert_allclose(ema, (a + b) / 2, atol=1e-6),
     both.generator.ema, both.generator.params, start.generator.params,
   )  # fmt: skip
+
+
+def test_no_array_without_numbers_enters_shard_map(base):
+  """XLA for GPUs crashes on one, which text-to-video has: its given frames."""
+  stories, settings = make_stories(base), make_settings()
+  draws = distill.draw(jax.random.key(1), stories, settings)
+
+  def videos(generator):
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), (meshes.DATA, meshes.SEQUENCE), axis_types=auto)
+    return distill.make_videos(generator, base, stories, draws, settings, mesh)
+
+  jaxpr = jax.make_jaxpr(videos)(adapter(base, 1))
+  (equation,) = [e for e in jaxpr.eqns if e.primitive.name == "shard_map"]
+  assert all(array.aval.size for array in equation.invars)

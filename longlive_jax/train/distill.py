@@ -204,6 +204,12 @@ def make_videos(
   mesh: Mesh | None = None,
 ) -> Array:
   """The generator's rollout: clean latents (b, f, y, x, c) float32."""
+  known = stories.given.shape[1]
+  # XLA for GPUs crashes where shard_map takes an array without numbers, as those of no
+  # given frames are (jax 0.11.2): such as do not count are put behind them.
+  later = [(0, 0)] * stories.given.ndim
+  later[1] = (0, draws.noise.shape[1] - known)
+  stories = dataclasses.replace(stories, given=jnp.pad(stories.given, later))
 
   def run(trained, base, stories, noise, context_noise, exit_step):
     adapted = isinstance(trained, Lora)
@@ -216,7 +222,7 @@ def make_videos(
       text=stories.text,
       cuts=stories.cuts,
       exit_step=exit_step,
-      given=stories.given,
+      given=stories.given[:, :known],
     )
     b, _, y, x, _ = noise.shape
     cache = sampler.init_cache(model, settings.rollout.sampling, b, y, x)
