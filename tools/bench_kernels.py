@@ -48,7 +48,7 @@ from longlive_jax.kernels import launch
 from longlive_jax.kernels.modulate_quantise import modulate_quantise
 from longlive_jax.kernels.nvfp4_dequantise import dequantise
 from longlive_jax.kernels.nvfp4_matmul import matmul_w4a4, matmul_w4a16
-from longlive_jax.kernels.nvfp4_quantise import quantise
+from longlive_jax.kernels.nvfp4_quantise import encode_call, quantise
 from longlive_jax.kernels.shapes import SIZES, Sizes
 from longlive_jax.quant import nvfp4
 
@@ -180,6 +180,28 @@ def cases(sizes: Sizes, implementation: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def quantise_sweep(sizes: Sizes) -> Iterator[Case]:
+  """Four over six by tiles of a program."""
+  shape, groups = sizes.chunk_keys, sizes.chunk_keys[:1]
+
+  def arguments(key: Array) -> tuple[Array, Array]:
+    numbers = fp8_cases.numbers(key, shape)
+    return numbers, numbers[:, 0]
+
+  for front, tiles in itertools.product(
+    ("none", "token_mean", "hadamard"), (1, 2, 4, 8)
+  ):
+
+    def function(x, mean, front=front, tiles=tiles):
+      amax = jnp.full(groups, 8, jnp.float32)
+      mean = mean if front == "token_mean" else None
+      return launch.launch(encode_call(x, 1, front, mean, amax, "mse", tiles))
+
+    labels = {"kernel": "quantise", "shape": list(shape), "rule": "mse"}
+    labels |= {"front": front, "implementation": "triton", "tiles": tiles}
+    yield labels, function, arguments
+
+
 def all_cases(
   sizes: Sizes, implementations: list[str], clips: list[str]
 ) -> Iterator[Case]:
@@ -307,6 +329,7 @@ def main(argv: list[str]) -> None:
   else:
     if _SWEEP.value:
       measured = itertools.chain(
+        quantise_sweep(sizes),
         fp8_cases.sweep(sizes, launch.launch),
         clip_cases.sweep(sizes, _CLIPS.value, launch.launch),
       )

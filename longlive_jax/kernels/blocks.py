@@ -33,16 +33,31 @@ def number(x):
 @jit
 def load_halves(pointer, block, valid):
   """Float32 halves (blocks, 8) of blocks `block` (blocks,); 0 where not valid."""
+  low, high = load_raw(pointer, block, valid)
+  return half(low), half(high)
+
+
+@jit
+def load_raw(pointer, block, valid):
+  """The same as they lie in memory, in half the registers: for loads ahead of use."""
   if pointer.dtype.element_ty == tl.bfloat16:
     # As pairs: one instruction a number, where Triton's own conversion takes 1.5.
     at = pointer.to(tl.pointer_type(tl.int32)) + block[:, None] * 8 + tl.arange(0, 4)
-    a = _unpair(tl.load(at, mask=valid[:, None], other=0))
-    return a, _unpair(tl.load(at + 4, mask=valid[:, None], other=0))
+    low = tl.load(at, mask=valid[:, None], other=0)
+    return low, tl.load(at + 4, mask=valid[:, None], other=0)
   else:
     at = pointer + block[:, None] * 16 + tl.arange(0, 8)
-    a = tl.load(at, mask=valid[:, None], other=0.0)
-    b = tl.load(at + 8, mask=valid[:, None], other=0.0)
-    return a.to(tl.float32), b.to(tl.float32)
+    low = tl.load(at, mask=valid[:, None], other=0.0)
+    return low, tl.load(at + 8, mask=valid[:, None], other=0.0)
+
+
+@jit
+def half(raw):
+  """Float32 (blocks, 8) of what `load_raw` gives."""
+  if raw.dtype == tl.int32:
+    return _unpair(raw)
+  else:
+    return raw.to(tl.float32)
 
 
 @jit

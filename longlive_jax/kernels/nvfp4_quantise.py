@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.kernels import launch as launching
-from longlive_jax.kernels.blocks import encode, largest, load_halves, store_blocks
+from longlive_jax.kernels.blocks import (
+  encode,
+  half,
+  largest,
+  load_halves,
+  load_raw,
+  store_blocks,
+)
 from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
 from longlive_jax.quant import nvfp4
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
@@ -24,6 +31,7 @@ from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
 FRONTS = ("none", "token_mean", "channel_mean", "hadamard")
 _TILE = 128  # blocks a program, one a thread
 _WARP = 32  # of four over six: one warp, so that none waits for another's rare branch
+_TILES = 1
 _SIGNS = sum(1 << i for i in range(BLOCK) if nvfp4.hadamard_matrix()[i, 0] < 0)
 
 
@@ -119,9 +127,19 @@ def largest_call(x: Array, batch_axes: int, front: str, mean: Array | None) -> C
 
 
 def encode_call(
-  x: Array, batch_axes: int, front: str, mean: Array | None, amax: Array, rule: str
+  x: Array,
+  batch_axes: int,
+  front: str,
+  mean: Array | None,
+  amax: Array,
+  rule: str,
+  tiles: int = _TILES,
 ) -> Call:
-  """Codes uint8 (groups, 8 blocks) and scales float8_e4m3fn (groups, blocks)."""
+  """Codes uint8 (groups, 8 blocks) and scales float8_e4m3fn (groups, blocks).
+
+  Args:
+    tiles: of a program, one after the other; the next is loaded meanwhile.
+  """
   groups, constants = _blocks(x, batch_axes, front)
   chosen, blocks = nvfp4.RULES[rule], constants["BLOCKS"]
   tile = _TILE if chosen.error is None or front == "channel_mean" else _WARP
@@ -132,10 +150,11 @@ def encode_call(
       jax.ShapeDtypeStruct((groups, 8 * blocks), jnp.uint8),
       jax.ShapeDtypeStruct((groups, blocks), jnp.float8_e4m3fn),
     ),
-    (math.ceil(blocks / tile), groups),
+    (math.ceil(blocks / (tiles * tile)), groups),
     {
       **constants,
       "TILE": tile,
+      "TILES": tiles,
       "M4": chosen.m4,
       "M8": chosen.m8,
       "ERROR": chosen.error,
@@ -191,34 +210,33 @@ def _check(x, rule, batch_axes, amax, front, mean) -> None:
 
 
 @jit
-def _load(
-  x_ptr,
+def _fronted(
+  raw_a,
+  raw_b,
   mean_ptr,
-  BLOCKS: tl.constexpr,
+  block,
+  valid,
+  dtype: tl.constexpr,
   ROW: tl.constexpr,
   CHANNELS: tl.constexpr,
   FRONT: tl.constexpr,
   SIGNS: tl.constexpr,
-  TILE: tl.constexpr,
 ):
-  """A program's blocks behind FRONT: (block, valid) (TILE,), float32 halves a, b."""
-  group = tl.program_id(1).to(tl.int64)
-  block = tl.program_id(0) * TILE + tl.arange(0, TILE)
-  valid = block < BLOCKS
-  a, b = load_halves(x_ptr + group * BLOCKS * 16, block, valid)
+  """Blocks as loaded, of a dtype, behind FRONT: float32 halves a, b (blocks, 8)."""
+  tile: tl.constexpr = block.shape[0]
+  a, b = half(raw_a), half(raw_b)
   if FRONT == "token_mean":
-    ma, mb = load_halves(mean_ptr + group * ROW * 16, block % ROW, valid)
+    ma, mb = load_halves(mean_ptr, block % ROW, valid)
     a, b = a - ma, b - mb
   elif FRONT == "channel_mean":
-    total = tl.reshape(tl.sum(a + b, axis=1), (TILE // CHANNELS, CHANNELS))
+    total = tl.reshape(tl.sum(a + b, axis=1), (tile // CHANNELS, CHANNELS))
     mean = tl.sum(total, axis=1)[:, None] * (1.0 / (16 * CHANNELS))
-    mean = tl.reshape(tl.broadcast_to(mean, (TILE // CHANNELS, CHANNELS)), (TILE,))
+    mean = tl.reshape(tl.broadcast_to(mean, (tile // CHANNELS, CHANNELS)), (tile,))
     a, b = a - mean[:, None], b - mean[:, None]
   elif FRONT == "hadamard":
     a, b = _rotate(a, b, SIGNS)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
-  return block, valid, a, b
+  return a, b
 
 
 @jit
@@ -254,7 +272,13 @@ def _nvfp4_largest(
   SIGNS: tl.constexpr,
   TILE: tl.constexpr,
 ):
-  _, _, a, b = _load(x_ptr, mean_ptr, BLOCKS, ROW, CHANNELS, FRONT, SIGNS, TILE)
+  group = tl.program_id(1).to(tl.int64)
+  block = tl.program_id(0) * TILE + tl.arange(0, TILE)
+  valid = block < BLOCKS
+  a, b = load_raw(x_ptr + group * BLOCKS * 16, block, valid)
+  mean_ptr += group * ROW * 16
+  dtype: tl.constexpr = x_ptr.dtype.element_ty
+  a, b = _fronted(a, b, mean_ptr, block, valid, dtype, ROW, CHANNELS, FRONT, SIGNS)
   program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
   tl.store(largest_ptr + program, largest(a, b))
 
@@ -272,18 +296,27 @@ def _nvfp4_quantise(
   FRONT: tl.constexpr,
   SIGNS: tl.constexpr,
   TILE: tl.constexpr,
+  TILES: tl.constexpr,
   M4: tl.constexpr,
   M8: tl.constexpr,
   ERROR: tl.constexpr,
 ):
-  block, valid, a, b = _load(x_ptr, mean_ptr, BLOCKS, ROW, CHANNELS, FRONT, SIGNS, TILE)
   group = tl.program_id(1).to(tl.int64)
-  codes, scales = encode(a, b, tl.load(amax_ptr + group), M4, M8, ERROR)
-  store_blocks(
-    codes_ptr + group * BLOCKS * 8,
-    scales_ptr + group * BLOCKS,
-    block,
-    valid,
-    codes,
-    scales,
-  )
+  amax = tl.load(amax_ptr + group)
+  x_ptr += group * BLOCKS * 16
+  mean_ptr += group * ROW * 16
+  codes_ptr += group * BLOCKS * 8
+  scales_ptr += group * BLOCKS
+  dtype: tl.constexpr = x_ptr.dtype.element_ty
+  block = tl.program_id(0) * (TILES * TILE) + tl.arange(0, TILE)
+  raw_a, raw_b = load_raw(x_ptr, block, block < BLOCKS)
+  for i in range(TILES):
+    valid = block < BLOCKS
+    a, b = _fronted(
+      raw_a, raw_b, mean_ptr, block, valid, dtype, ROW, CHANNELS, FRONT, SIGNS
+    )
+    ahead = block + TILE
+    raw_a, raw_b = load_raw(x_ptr, ahead, (ahead < BLOCKS) & (i + 1 < TILES))
+    codes, scales = encode(a, b, amax, M4, M8, ERROR)
+    store_blocks(codes_ptr, scales_ptr, block, valid, codes, scales)
+    block = ahead
