@@ -10,10 +10,12 @@ The first two do no work for pairs that the mask rules out. Pieces are the faste
 the kernels reach 456 and 418 (tools/bench_kernels.py --kernels=teacher_forcing).
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from longlive_jax.kernels import flash_attention, launch
 from longlive_jax.kernels.clip_layout import ClipLayout
@@ -100,41 +102,61 @@ _triton.defvjp(_triton_forward, _triton_backward)
 
 # ------------------------------------------------------------------ pieces
 def _pieces(q, k, v, lengths, layout):
-  rectangles = sorted(layout.rectangles(), key=lambda rectangle: rectangle.queries)
-  keys, values = (_shared(x, len(rectangles)) for x in (k, v))
+  plain = dataclasses.replace(layout, ranks=1)  # histories in one span, not in `ranks`
+  q, k, v = (_swapped(x, layout.ranks, layout.halves) for x in (q, k, v))
+  rectangles = sorted(plain.rectangles(), key=lambda rectangle: rectangle.queries)
+  ends = [rectangle.queries[1] for rectangle in rectangles]
+  queries = jnp.split(q, ends[:-1], axis=1)
+  k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # so that gradients are, too
   found = []
-  for rectangle, key, value in zip(rectangles, keys, values, strict=True):
+  for query, rectangle in zip(queries, rectangles, strict=True):
     # Of a piece the output is kept, not the copy of its keys: over a long clip these
     # would be many times the keys.
-    piece = functools.partial(_piece, rectangle=rectangle)
-    found.append(jax.checkpoint(piece, policy=_is_attention)(q, key, value, lengths))
-  return jnp.concatenate(found, axis=1)
+    piece = functools.partial(_piece, spans=rectangle.keys)
+    piece = jax.checkpoint(piece, policy=_is_attention)
+    out, k, v = piece(query, k, v, lengths)
+    found.append(out)
+  return _swapped(jnp.concatenate(found, axis=1), layout.halves, layout.ranks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _shared(x, count):
-  """`count` times x, whose gradients are added in float32: a key is in many pieces."""
-  return [x] * count
+def _swapped(x, outer, inner):
+  """[outer, inner, ...] -> [inner, outer, ...] along the tokens of x (b, s, n, d)."""
+  parts = x.reshape(x.shape[0], outer, inner, -1, *x.shape[2:])
+  return parts.swapaxes(1, 2).reshape(x.shape)
 
 
-def _add_gradients(count, _, gradients):
-  total = sum(gradient.astype(jnp.float32) for gradient in gradients)
-  return (total.astype(gradients[0].dtype),)
-
-
-_shared.defvjp(lambda x, count: ([x] * count, None), _add_gradients)
-
-
-def _piece(q, k, v, lengths, *, rectangle):
-  q = q[:, slice(*rectangle.queries)]
-  k, v = (
-    jnp.concatenate([x[:, first:end] for first, end in rectangle.keys], axis=1)
-    for x in (k, v)
-  )
+def _piece(q, k, v, lengths, *, spans):
+  keys, k = _taken(k, spans, q.dtype)
+  values, v = _taken(v, spans, q.dtype)
   # These are the keys of positions 0, 1, ..., so the valid ones come first. Queries
   # that would see none are padding themselves.
-  lengths = None if lengths is None else jnp.clip(lengths, 1, k.shape[1])
-  return attn.attention(q, k, v, lengths=lengths)
+  lengths = None if lengths is None else jnp.clip(lengths, 1, keys.shape[1])
+  return attn.attention(q, keys, values, lengths=lengths), k, v
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _taken(x, spans, dtype):
+  """Rows of spans of x in a dtype, and x once more, for the pieces that follow.
+
+  Gradients go the same way back: each piece adds its own to one array, in place. Those
+  of all pieces, whole arrays that are added up at the end, would be 50 GB a layer for a
+  clip of 64 seconds on four GPUs.
+  """
+  rows = jnp.concatenate([x[:, first:end] for first, end in spans], axis=1)
+  return rows.astype(dtype), x
+
+
+def _add_gradient(spans, dtype, _, gradients):
+  gradient, total = gradients
+  begin = 0
+  for first, end in spans:
+    part = gradient[:, begin : begin + end - first].astype(total.dtype)
+    total = lax.dynamic_update_slice_in_dim(total, total[:, first:end] + part, first, 1)
+    begin += end - first
+  return (total,)
+
+
+_taken.defvjp(lambda x, spans, dtype: (_taken(x, spans, dtype), None), _add_gradient)
 
 
 def _is_attention(primitive, *_, **__) -> bool:
