@@ -25,6 +25,7 @@ def causal_convolve(
   scale: Array,
   *,
   dtype: jnp.dtype,
+  sides: tuple[int, int] | None = None,
   implementation: str | None = None,
 ) -> Array:
   """Convolves codes in time, which is not padded, and space, padded with zeros.
@@ -34,18 +35,22 @@ def causal_convolve(
     kernel: float8_e4m3fn (o, ky, kx, kt, i), odd ky and kx.
     scale: float32 (o,), what a code of the input times one of the output's kernel is.
     dtype: of the result.
+    sides: rows and columns of zeros on each side, 0 where the codes hold what lies
+      beside the picture; None is half a kernel, which keeps y and x.
     implementation: 'triton', 'jnp', or None: Triton on GPUs with FP8 products (Hopper
       and newer) where it `runs_here`, else jnp.
 
   Returns:
-    (b, t, y, x, o).
+    (b, t, y + 2 sides[0] - ky + 1, x + 2 sides[1] - kx + 1, o).
 
   Raises:
     ValueError: an unknown implementation, shapes or dtypes that do not fit.
     NotImplementedError: under differentiation, by Triton.
   """
   _check(codes, kernel, scale)
-  settings = {"dtype": jnp.dtype(dtype)}
+  if sides is None:
+    sides = kernel.shape[1] // 2, kernel.shape[2] // 2
+  settings = {"dtype": jnp.dtype(dtype), "sides": sides}
   given = implementation is not None
   if launching.on_triton(implementation) and (given or runs_here(kernel)):
     return triton(codes, kernel, scale, **settings, run=launching.launch)
@@ -58,7 +63,9 @@ def runs_here(kernel: Array) -> bool:
   return hopper and kernel.shape[-1] % _TILE_K == 0
 
 
-def reference(codes: Array, kernel: Array, scale: Array, *, dtype: jnp.dtype) -> Array:
+def reference(
+  codes: Array, kernel: Array, scale: Array, *, dtype: jnp.dtype, sides: tuple[int, int]
+) -> Array:
   """`causal_convolve` in jnp, for any backend: frames side by side, in `dtype`."""
   o, ky, kx, kt, i = kernel.shape
   b, total, y, x, _ = codes.shape
@@ -69,17 +76,23 @@ def reference(codes: Array, kernel: Array, scale: Array, *, dtype: jnp.dtype) ->
     frames.astype(dtype),
     kernel.reshape(o, ky, kx, kt * i).astype(dtype),
     (1, 1),
-    ((ky // 2, ky // 2), (kx // 2, kx // 2)),
+    [(side, side) for side in sides],
     dimension_numbers=("NHWC", "OHWI", "NHWC"),
   )
-  return (sums * scale).astype(dtype).reshape(b, t, y, x, o)
+  return (sums * scale).astype(dtype).reshape(b, t, *sums.shape[1:])
 
 
 def triton(
-  codes: Array, kernel: Array, scale: Array, *, dtype: jnp.dtype, run: Launcher
+  codes: Array,
+  kernel: Array,
+  scale: Array,
+  *,
+  dtype: jnp.dtype,
+  sides: tuple[int, int],
+  run: Launcher,
 ) -> Array:
   """`causal_convolve` by its kernel; `run` is `launch`, or in tests the interpreter."""
-  (y,) = run(conv_call(codes, kernel, scale, dtype))
+  (y,) = run(conv_call(codes, kernel, scale, dtype, sides))
   return y
 
 
@@ -88,14 +101,16 @@ def conv_call(
   kernel: Array,
   scale: Array,
   dtype: jnp.dtype,
+  sides: tuple[int, int],
   tile: tuple[int, int] = (128, 256),
   num_warps: int = 8,
   num_stages: int = 4,
 ) -> Call:
   """Args: tile: pixels and outputs of a program."""
   o, ky, kx, kt, i = kernel.shape
-  b, total, y, x, _ = codes.shape
+  b, total, y_in, x_in, _ = codes.shape
   t = total - kt + 1
+  y, x = y_in + 2 * sides[0] - ky + 1, x_in + 2 * sides[1] - kx + 1
   tile_m, tile_n = tile[0], min(tile[1], max(16, 1 << (o - 1).bit_length()))
   return Call(
     _fp8_conv,
@@ -106,6 +121,10 @@ def conv_call(
       "FRAMES": t,
       "Y": y,
       "X": x,
+      "Y_IN": y_in,
+      "X_IN": x_in,
+      "ABOVE": sides[0],
+      "LEFT": sides[1],
       "INPUTS": i,
       "OUTPUTS": o,
       "KY": ky,
@@ -145,6 +164,10 @@ def _fp8_conv(
   FRAMES: tl.constexpr,
   Y: tl.constexpr,
   X: tl.constexpr,
+  Y_IN: tl.constexpr,
+  X_IN: tl.constexpr,
+  ABOVE: tl.constexpr,
+  LEFT: tl.constexpr,
   INPUTS: tl.constexpr,
   OUTPUTS: tl.constexpr,
   KY: tl.constexpr,
@@ -161,8 +184,9 @@ def _fp8_conv(
   output = tl.program_id(0) % columns * TILE_N + tl.arange(0, TILE_N)
   frame = tl.program_id(1).to(tl.int64)  # of all videos
   first = frame // FRAMES * (FRAMES + KT - 1) + frame % FRAMES  # that it reads
-  x_ptr += first * (Y * X * INPUTS)
-  row, column = pixel // X, pixel % X
+  x_ptr += first * (Y_IN * X_IN * INPUTS)
+  row, column = pixel // X - ABOVE, pixel % X - LEFT  # of the input, of the first tap
+  corner = row * X_IN + column
   channel = tl.arange(0, TILE_K)
   length: tl.constexpr = KY * KX * KT * INPUTS  # of an output's weights
   # Outputs behind the last are those of the last: what they make is not stored.
@@ -172,10 +196,10 @@ def _fp8_conv(
   sums = tl.zeros((TILE_M, TILE_N), tl.float32)
   for step in range(KY * KX * KT * parts):
     tap = step // parts  # in the order of a kernel's axes
-    down, right = tap // (KX * KT) - KY // 2, tap // KT % KX - KX // 2
-    inside = (row + down >= 0) & (row + down < Y)
-    inside = inside & (column + right >= 0) & (column + right < X)
-    at = (tap % KT * Y + down) * X + right + pixel
+    down, right = tap // (KX * KT), tap // KT % KX
+    inside = (row + down >= 0) & (row + down < Y_IN)
+    inside = inside & (column + right >= 0) & (column + right < X_IN)
+    at = (tap % KT * Y_IN + down) * X_IN + right + corner
     codes = tl.load(
       x_ptr + (at * INPUTS + step % parts * TILE_K)[:, None] + channel[None, :],
       mask=inside[:, None],

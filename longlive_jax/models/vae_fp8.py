@@ -126,17 +126,19 @@ def _(weight: ConvW8A8, x: Array) -> Array:
 
 
 @convolved.register
-def _(weight: ConvW8A8, x: Array, stride: int, dtype: jnp.dtype) -> Array:
+def _(
+  weight: ConvW8A8, x: Array, sides: tuple[int, int], stride: int, dtype: jnp.dtype
+) -> Array:
   o, ky, kx, kt, i = weight.shape
   scale = weight.weight.scale.reshape(o)
   if stride == 1 and fp8_conv.runs_here(weight.weight.codes):
     return fp8_conv.causal_convolve(
-      x, weight.weight.codes, scale * weight.input_scale, dtype=dtype
+      x, weight.weight.codes, scale * weight.input_scale, dtype=dtype, sides=sides
     )
   kernel = weight.weight.codes.reshape(o, ky, kx, kt * i).astype(dtype)
 
   def convolve_codes(frames: Array) -> Array:
     frames = frames.astype(dtype) * weight.input_scale.astype(dtype)
-    return (convolve(frames, kernel) * scale).astype(dtype)
+    return (convolve(frames, kernel, sides) * scale).astype(dtype)
 
   return side_by_side(x, kt, stride, convolve_codes)
