@@ -28,8 +28,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
+import bench_decoder
 import numpy as np
-from random_weights import normal, random_dit, random_vae
+from random_weights import TINY_VAE, normal, random_dit, random_vae
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import decoding, snapshots
@@ -138,6 +139,12 @@ def devices_of(*args):
   return [device.id for device in decoding.placement(*args).device_set]
 
 
+def bench(*flags):
+  vae.VAE_SIZES["test"] = TINY_VAE
+  bench_decoder._FLAGS(["bench", "--height=16", "--width=12", "--calls=1", *flags])
+  return bench_decoder.measure()
+
+
 print(json.dumps({
   "std": float(same.std()),
   "other": bool(np.array_equal(same, other)),
@@ -152,6 +159,7 @@ print(json.dumps({
   "uneven": refusal("split", meshes.generation_mesh(3), 44, 80),
   "none_left": refusal("other", meshes.generation_mesh(8), 4, 4),
   "unknown": refusal("gpu", None, 4, 4),
+  "bench": bench("--devices=4", "--decode_frames=2", "--vae_precision=fp8"),
   "beside_two": devices_of("other", meshes.generation_mesh(2), 4, 4),
 }))
 """
@@ -159,7 +167,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-  path = [str(TESTS), str(TESTS.parent)]
+  path = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "tools")]
   folder = str(tmp_path_factory.mktemp("states"))
   code = f"import sys\nsys.path[:0] = {path!r}\nFOLDER = {folder!r}\n{SCRIPT}"
   result = subprocess.run(
@@ -221,6 +229,12 @@ def test_devices_with_videos_of_their_own_exchange_nothing(found):
   part = found["videos"]
   assert part["mean"] < 0.01 and part["std"] > 20
   assert part["shards"] == [[1, 4, 12, 12, 3]] * 2 and part["moved"] == []
+
+
+def test_a_shared_picture_is_timed(found):
+  figures = found["bench"]
+  assert (figures["devices"], figures["decode_frames"]) == (4, 2)
+  assert figures["ms_a_latent_frame"] > 0 and figures["temporary_bytes"] > 0
 
 
 def test_a_band_is_not_decoded_in_tiles():

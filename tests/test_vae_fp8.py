@@ -197,7 +197,8 @@ def test_decoder_alone(capsys, monkeypatch):
   small = ("--height=16", "--width=16", "--calls=2")
   found = output_of(bench_decoder, capsys, *small, "--vae_precision=fp8")
   assert found["vae_precision"] == "fp8" and found["ms_a_latent_frame"] > 0
-  assert (found["convolutions"], found["fp8_convolutions"]) == (0, 0)  # a CPU has none
+  counted = ("convolutions", "fp8_convolutions", "triton_convolutions")
+  assert [found[name] for name in counted] == [0, 0, 0]  # a CPU calls no library
   assert found["state_bytes"] < output_of(bench_decoder, capsys, *small)["state_bytes"]
 
 
@@ -211,9 +212,16 @@ def test_convolutions_of_codes_are_counted():
     call.format(n="b", a="f8e4m3fn[4,8] %codes.1", t="__cudnn$convForwardGraph"),
     call.format(n="c", a="%plain", t="__cudnn$convForward").replace("%w", "%plain"),
     call.format(n="d", a="%codes.1", t="__cublas$lt$matmul$f8"),
+    *(
+      call.format(n=n, a="%codes.1", t="triton_kernel_call")
+      + f', metadata={{op_name="jit(_decode)/{kernel}/triton_kernel_call"}}'
+      for n, kernel in (("e", "fp8_conv"), ("f", "fp8_rows"))
+    ),
   ])  # fmt: skip
   found = bench_decoder.convolutions(text)
-  assert found == {"convolutions": 3, "fp8_convolutions": 2}
+  assert found == {
+    "convolutions": 4, "fp8_convolutions": 3, "triton_convolutions": 1
+  }  # fmt: skip
 
 
 def test_psnr_of_decoders(capsys, monkeypatch):
