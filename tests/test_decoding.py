@@ -141,7 +141,7 @@ def devices_of(*args):
 
 def bench(*flags):
   vae.VAE_SIZES["test"] = TINY_VAE
-  bench_decoder._FLAGS(["bench", "--height=16", "--width=12", "--calls=1", *flags])
+  bench_decoder._FLAGS(["bench", "--height=16", "--width=16", "--calls=1", *flags])
   return bench_decoder.measure()
 
 
