@@ -14,6 +14,7 @@ from random_weights import TINY_VAE, normal, random_vae
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import networks
+from longlive_jax.kernels import fp8_conv
 from longlive_jax.models import vae, vae_blocks, vae_fp8
 from longlive_jax.quant import fp8
 from longlive_jax.quant.weights import weight_bytes
@@ -91,6 +92,19 @@ def test_convolution_of_codes_is_that_of_their_numbers(dtype):
   np.testing.assert_array_equal(
     history.astype(jnp.float32) * weight.input_scale, np.asarray(past)
   )
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (0, 1), (1, 0)])
+def test_the_kernel_is_given_what_is_convolved_without_it(monkeypatch, sides):
+  """Whole pictures, and bands of them, whose rows or columns need no zeros."""
+  weight = with_codes(tiny_conv(), [1.0, 2.0, 0.5]).weight.get_value()
+  x = vae_blocks.read_by(weight, jnp.asarray(normal(2, 4, 5, 6, 3)))
+  found = []
+  for runs in (False, True):
+    monkeypatch.setattr(fp8_conv, "runs_here", lambda kernel, runs=runs: runs)
+    found.append(vae_blocks.convolved(weight, x, sides, 1, jnp.dtype(jnp.float32)))
+  assert found[0].shape == (2, 2, 3 + 2 * sides[0], 4 + 2 * sides[1], 5)
+  np.testing.assert_allclose(*found, rtol=0, atol=2e-6)
 
 
 def test_residual_blocks_of_the_decoder_and_nothing_else(plain, quantised):

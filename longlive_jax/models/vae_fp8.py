@@ -6,8 +6,9 @@ be larger than sqrt(c) * max |gamma|: the scale of the inputs follows from the w
 and nothing has to be calibrated. It is a power of two, so it rounds nothing. Weights
 have a scale for every output.
 
-Codes are what a convolution keeps of earlier frames and what it reads: half of the
-bytes of a decoder's state, and of the frames put side by side. All else stays as it is:
+Codes are what a convolution keeps of earlier frames, what devices that share a picture
+send each other, and what it reads: half of the bytes of a decoder's state, and of the
+frames put side by side. All else stays as it is:
 the first and the last convolution, those that resample, whose inputs have no bound, and
 the encoder.
 """
