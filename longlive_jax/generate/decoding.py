@@ -84,7 +84,7 @@ def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
     )
   space = Mesh(np.array(devices), (SPACE,), axis_types=(AxisType.Auto,))
   rows, columns = P(None, None, SPACE), P(None, None, None, SPACE)
-  return NamedSharding(space, columns if y % count else rows)
+  return meshes.sharding(space, columns if y % count else rows)
 
 
 def place(
@@ -177,14 +177,14 @@ def _decode(video_vae, state, latents, first, count, tiles, where):
   Returns frames uint8 (b, t, h, w, 3), placeholders included, their number, the state.
   """
 
-  def own(video_vae, state, latents):
+  def own(video_vae, state, latents, first):
     piece = jax.lax.dynamic_slice_in_dim(latents, first, count, axis=1)
     frames, dropped, state = vae.decode_chunk(video_vae, state, piece, tiles, band)
     return pixels.to_uint8(frames), dropped, state
 
   band = _band(where)
   if not isinstance(where, NamedSharding):
-    return own(video_vae, state, latents)
+    return own(video_vae, state, latents, first)
   # Each device runs its own part: XLA would gather what goes into a kernel of ours, and
   # it exchanges more between bands than they need.
   videos = _leading(where, 1).spec
@@ -193,10 +193,10 @@ def _decode(video_vae, state, latents, first, count, tiles, where):
   return jax.shard_map(
     own,
     mesh=where.mesh,
-    in_specs=(P(), states, where.spec),
+    in_specs=(P(), states, where.spec, P()),
     out_specs=(where.spec, videos, states),
     check_vma=False,
-  )(video_vae, state, latents)
+  )(video_vae, state, latents, first)
 
 
 def compiled_programs() -> int:
@@ -206,15 +206,16 @@ def compiled_programs() -> int:
 
 def _band(where: Sharding) -> Band:
   """What a device has of each picture."""
-  if isinstance(where, NamedSharding) and SPACE in where.spec:
-    return Band(where.mesh.shape[SPACE], SPACE, tuple(where.spec).index(SPACE))
-  return WHOLE
+  axes = tuple(where.spec) if isinstance(where, NamedSharding) else ()
+  if SPACE not in axes:
+    return WHOLE
+  return Band(where.mesh.shape[SPACE], SPACE, axes.index(SPACE))
 
 
 def _leading(where: Sharding, axes: int) -> Sharding:
   """The sharding of arrays that have only the first axes."""
   if isinstance(where, NamedSharding):
-    return NamedSharding(where.mesh, P(*where.spec[:axes]))
+    return meshes.sharding(where.mesh, P(*where.spec[:axes]))
   return where
 
 
