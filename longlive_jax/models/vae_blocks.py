@@ -3,7 +3,8 @@
 A clip may arrive in any number of pieces. What a causal convolution needs from
 earlier pieces is its `history`: the last frames of its own input, zeros at first.
 Every layer maps `(x, history, ...) -> (y, history)` and `zero_history` gives the
-start, so that shapes and structure never change.
+start, so that shapes and structure never change. Where devices share a picture, `band`
+says what each of them has (vae_bands.py); without it a layer has all.
 
 The first latent frame of a clip stands for one video frame, every later one for
 several. To keep shapes equal it is padded in FRONT with placeholder frames. They are
