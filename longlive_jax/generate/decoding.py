@@ -213,7 +213,7 @@ def _band(where: Sharding) -> Band:
 
 
 def _leading(where: Sharding, axes: int) -> Sharding:
-  """The sharding of arrays that have only the first axes."""
+  """The sharding of arrays that have only the first axes, as programs return it."""
   if isinstance(where, NamedSharding):
     return meshes.sharding(where.mesh, P(*where.spec[:axes]))
   return where

@@ -34,7 +34,7 @@ class Band:
   ) -> tuple[jax.Array, tuple[int, int]]:
     """The band and what a convolution reads beside it; zeros beyond the picture.
 
-    It has no derivative: neighbours send bits.
+    For decoding only: a derivative would miss what neighbours send, which are bits.
 
     Args:
       x: (b, t, y, x, c).
@@ -63,7 +63,7 @@ class Band:
     """x of the device `step` before this one; zeros where there is none."""
     pairs = [(i, i + step) for i in range(self.devices)]
     pairs = [(i, j) for i, j in pairs if 0 <= j < self.devices]
-    # As bits: XLA sends FP8 codes in 16 bits on devices without FP8.
+    # As bits: XLA sends FP8 codes as float16 where a device has no FP8, as CPUs.
     bits = x.view(f"uint{8 * x.dtype.itemsize}")
     return lax.ppermute(bits, self.mesh_axis, pairs).view(x.dtype)
 
