@@ -14,6 +14,7 @@ from random_weights import TINY_VAE, normal, random_vae
 
 from longlive_jax.checkpoint import store
 from longlive_jax.generate import networks
+from longlive_jax.kernels import fp8_conv
 from longlive_jax.models import vae, vae_blocks, vae_fp8
 from longlive_jax.quant import fp8
 from longlive_jax.quant.weights import weight_bytes
@@ -91,6 +92,19 @@ def test_convolution_of_codes_is_that_of_their_numbers(dtype):
   np.testing.assert_array_equal(
     history.astype(jnp.float32) * weight.input_scale, np.asarray(past)
   )
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (0, 1), (1, 0)])
+def test_the_kernel_is_given_what_is_convolved_without_it(monkeypatch, sides):
+  """Whole pictures, and bands of them, whose rows or columns need no zeros."""
+  weight = with_codes(tiny_conv(), [1.0, 2.0, 0.5]).weight.get_value()
+  x = vae_blocks.read_by(weight, jnp.asarray(normal(2, 4, 5, 6, 3)))
+  found = []
+  for runs in (False, True):
+    monkeypatch.setattr(fp8_conv, "runs_here", lambda kernel, runs=runs: runs)
+    found.append(vae_blocks.convolved(weight, x, sides, 1, jnp.dtype(jnp.float32)))
+  assert found[0].shape == (2, 2, 3 + 2 * sides[0], 4 + 2 * sides[1], 5)
+  np.testing.assert_allclose(*found, rtol=0, atol=2e-6)
 
 
 def test_residual_blocks_of_the_decoder_and_nothing_else(plain, quantised):
@@ -197,7 +211,8 @@ def test_decoder_alone(capsys, monkeypatch):
   small = ("--height=16", "--width=16", "--calls=2")
   found = output_of(bench_decoder, capsys, *small, "--vae_precision=fp8")
   assert found["vae_precision"] == "fp8" and found["ms_a_latent_frame"] > 0
-  assert (found["convolutions"], found["fp8_convolutions"]) == (0, 0)  # a CPU has none
+  counted = ("convolutions", "fp8_convolutions", "triton_convolutions")
+  assert [found[name] for name in counted] == [0, 0, 0]  # a CPU calls no library
   assert found["state_bytes"] < output_of(bench_decoder, capsys, *small)["state_bytes"]
 
 
@@ -211,9 +226,16 @@ def test_convolutions_of_codes_are_counted():
     call.format(n="b", a="f8e4m3fn[4,8] %codes.1", t="__cudnn$convForwardGraph"),
     call.format(n="c", a="%plain", t="__cudnn$convForward").replace("%w", "%plain"),
     call.format(n="d", a="%codes.1", t="__cublas$lt$matmul$f8"),
+    *(
+      call.format(n=n, a="%codes.1", t="triton_kernel_call")
+      + f', metadata={{op_name="jit(_decode)/{kernel}/triton_kernel_call"}}'
+      for n, kernel in (("e", "fp8_conv"), ("f", "fp8_rows"))
+    ),
   ])  # fmt: skip
   found = bench_decoder.convolutions(text)
-  assert found == {"convolutions": 3, "fp8_convolutions": 2}
+  assert found == {
+    "convolutions": 4, "fp8_convolutions": 3, "triton_convolutions": 1
+  }  # fmt: skip
 
 
 def test_psnr_of_decoders(capsys, monkeypatch):

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.models import pixels, vae
+from longlive_jax.models.vae_bands import WHOLE, Band
 from longlive_jax.parallel import mesh as meshes
 
 Array = jax.Array
@@ -47,9 +48,9 @@ def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
 
   Args:
     decode_on: 'same', where the transformer is; with several devices each has some of
-      the videos. 'other', on the next device. 'split', rows or columns of the picture
-      over the devices of the transformer: XLA's partitioner exchanges what the
-      convolutions need of their neighbours.
+      the videos. 'other', on the next device. 'split', every picture over all devices
+      of the transformer, each with a band of its rows, or of its columns where rows do
+      not divide (vae_bands.py).
     mesh: devices of the transformer; None for the first one.
     y, x: rows and columns of the latents.
 
@@ -83,7 +84,7 @@ def placement(decode_on: str, mesh: Mesh | None, y: int, x: int) -> Sharding:
     )
   space = Mesh(np.array(devices), (SPACE,), axis_types=(AxisType.Auto,))
   rows, columns = P(None, None, SPACE), P(None, None, None, SPACE)
-  return NamedSharding(space, columns if y % count else rows)
+  return meshes.sharding(space, columns if y % count else rows)
 
 
 def place(
@@ -136,13 +137,19 @@ def compile_ahead(
   latents: jax.ShapeDtypeStruct,
   frames_per_call: int = 1,
   tiles: int = 1,
-) -> None:
-  """Compiles what `decode` will run; arguments as there, with shapes for arrays."""
+) -> jax.stages.Compiled:
+  """Compiles what `decode` will run; arguments as there, with shapes for arrays.
+
+  Returns:
+    The program of one call: (video_vae, state, latents, int32 () of them that are
+    decoded already) -> frames and dropped as in `Frames`, and the state.
+  """
   where = state.history[0].sharding
   latents = meshes.place(latents, where)
   count = _divisor(latents.shape[1], frames_per_call)
   first = np.int32(0)
-  _decode.lower(video_vae, state, latents, first, count, tiles, where).compile()
+  lowered = _decode.lower(video_vae, state, latents, first, count, tiles, where)
+  return lowered.compile()
 
 
 def frames_remembered(config: vae.VAEConfig) -> int:
@@ -169,14 +176,27 @@ def _decode(video_vae, state, latents, first, count, tiles, where):
 
   Returns frames uint8 (b, t, h, w, 3), placeholders included, their number, the state.
   """
-  piece = jax.lax.dynamic_slice_in_dim(latents, first, count, axis=1)
-  frames, dropped, state = vae.decode_chunk(video_vae, state, piece, tiles)
-  # The state must come back as it went in, or the next call is another program.
-  frames, history = jax.lax.with_sharding_constraint(
-    (pixels.to_uint8(frames), state.history), where
-  )
-  started = jax.lax.with_sharding_constraint(state.started, _leading(where, 1))
-  return frames, dropped, vae.DecoderState(started, history)
+
+  def own(video_vae, state, latents, first):
+    piece = jax.lax.dynamic_slice_in_dim(latents, first, count, axis=1)
+    frames, dropped, state = vae.decode_chunk(video_vae, state, piece, tiles, band)
+    return pixels.to_uint8(frames), dropped, state
+
+  band = _band(where)
+  if not isinstance(where, NamedSharding):
+    return own(video_vae, state, latents, first)
+  # Each device runs its own part: XLA would gather what goes into a kernel of ours, and
+  # it exchanges more between bands than they need.
+  videos = _leading(where, 1).spec
+  states = vae.DecoderState(videos, where.spec)
+  # check_vma: JAX cannot know that a kernel's outputs differ between devices.
+  return jax.shard_map(
+    own,
+    mesh=where.mesh,
+    in_specs=(P(), states, where.spec, P()),
+    out_specs=(where.spec, videos, states),
+    check_vma=False,
+  )(video_vae, state, latents, first)
 
 
 def compiled_programs() -> int:
@@ -184,10 +204,18 @@ def compiled_programs() -> int:
   return _decode._cache_size()
 
 
+def _band(where: Sharding) -> Band:
+  """What a device has of each picture."""
+  axes = tuple(where.spec) if isinstance(where, NamedSharding) else ()
+  if SPACE not in axes:
+    return WHOLE
+  return Band(where.mesh.shape[SPACE], SPACE, axes.index(SPACE))
+
+
 def _leading(where: Sharding, axes: int) -> Sharding:
-  """The sharding of arrays that have only the first axes."""
+  """The sharding of arrays that have only the first axes, as programs return it."""
   if isinstance(where, NamedSharding):
-    return NamedSharding(where.mesh, P(*where.spec[:axes]))
+    return meshes.sharding(where.mesh, P(*where.spec[:axes]))
   return where
 
 

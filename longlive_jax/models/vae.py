@@ -37,6 +37,7 @@ from jax import lax
 
 from longlive_jax.models import vae_tiles
 from longlive_jax.models.pixels import fold_pixels, unfold_pixels
+from longlive_jax.models.vae_bands import WHOLE, Band
 from longlive_jax.models.vae_blocks import (
   Conv,
   DownStage,
@@ -245,19 +246,22 @@ class Decoder(nnx.Module):
     head = self.head.zero_history(batch, y * scale, x * scale)
     return first, middle, tuple(stages), head
 
-  def __call__(self, z: jax.Array, history, started: jax.Array, tiles: int = 1):
+  def __call__(
+    self, z: jax.Array, history, started: jax.Array, tiles: int = 1, band: Band = WHOLE
+  ):
     first, middle, stages, head = history
     latents = z.shape[1]
     keep = keep_mask(started, 0, latents)
-    h, first = causal_conv(self.conv1, z, first, keep)
-    h, middle = self.middle(h, middle, keep)
+    h, first = causal_conv(self.conv1, z, first, keep, band=band)
+    h, middle = self.middle(h, middle, keep, band)
     whole, tiled = vae_tiles.split_stages(self.upsamples)
-    h, before = run_up_stages(whole, h, stages[: len(whole)], started, latents)
+    before = stages[: len(whole)]
+    h, before = run_up_stages(whole, h, before, started, latents, band)
 
     def finish(h, past):
-      h, after = run_up_stages(tiled, h, past[0], started, latents)
+      h, after = run_up_stages(tiled, h, past[0], started, latents, band)
       keep = keep_mask(started, h.shape[1] // latents - 1, h.shape[1])
-      h, head = self.head(h, past[1], keep)
+      h, head = self.head(h, past[1], keep, band)
       return h, (after, head)
 
     past = stages[len(whole) :], head
@@ -327,7 +331,11 @@ def init_encoder_state(model: VideoVAE, batch: int, y: int, x: int) -> EncoderSt
 
 
 def decode_chunk(
-  model: VideoVAE, state: DecoderState, latents: jax.Array, tiles: int = 1
+  model: VideoVAE,
+  state: DecoderState,
+  latents: jax.Array,
+  tiles: int = 1,
+  band: Band = WHOLE,
 ) -> tuple[jax.Array, jax.Array, DecoderState]:
   """Decodes the next latent frames of a clip.
 
@@ -338,18 +346,28 @@ def decode_chunk(
     latents: (b, f, y, x, z), normalised, f >= 1.
     tiles: how many the last stages run in, one after the other: the same frames from
       less memory (vae_tiles.py).
+    band: inside `jax.shard_map`, what this device has of the picture (vae_bands.py);
+      y, x and the state are those of the band.
 
   Returns:
     frames: (b, 4 f, 16 y, 16 x, 3), not clamped, in the dtype of the parameters.
     dropped: (b,) int32, how many leading frames are placeholders: 3 at the start of
       a sample's clip, else 0.
     state: for the next call.
+
+  Raises:
+    ValueError: tiles of a band, or those of `vae_tiles.in_tiles`.
   """
+  if tiles != 1 and band.devices != 1:
+    raise ValueError(
+      f"tiles={tiles} must be 1 where {band.devices} devices share the picture: each "
+      "of them has a part already"
+    )
   dtype = model.conv2.weight.dtype
   mean, std = lax.stop_gradient((model.latent_mean[...], model.latent_std[...]))
   z = (latents.astype(jnp.float32) * std + mean).astype(dtype)
   z = pointwise(model.conv2, z)
-  h, history = model.decoder(z, state.history, state.started, tiles)
+  h, history = model.decoder(z, state.history, state.started, tiles, band)
   placeholders = model.config.temporal_factor - 1
   dropped = jnp.where(state.started, 0, placeholders).astype(jnp.int32)
   state = DecoderState(jnp.ones_like(state.started), history)

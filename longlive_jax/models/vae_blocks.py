@@ -3,7 +3,8 @@
 A clip may arrive in any number of pieces. What a causal convolution needs from
 earlier pieces is its `history`: the last frames of its own input, zeros at first.
 Every layer maps `(x, history, ...) -> (y, history)` and `zero_history` gives the
-start, so that shapes and structure never change.
+start, so that shapes and structure never change. Where devices share a picture, `band`
+says what each of them has (vae_bands.py); without it a layer has all.
 
 The first latent frame of a clip stands for one video frame, every later one for
 several. To keep shapes equal it is padded in FRONT with placeholder frames. They are
@@ -15,12 +16,15 @@ real.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from longlive_jax.models.vae_bands import WHOLE, Band
 
 MOST_BYTES = 2**29  # what frames may take that are convolved together
 
@@ -84,51 +88,37 @@ def read_by(weight: Any, x: jax.Array) -> jax.Array:
 
 
 @functools.singledispatch
-def convolved(weight: Any, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Convolution in space of frames that lie side by side.
+def convolved(
+  weight: Any, x: jax.Array, sides: tuple[int, int], stride: int, dtype: jnp.dtype
+) -> jax.Array:
+  """Convolution in time, without padding, and in space, padded with zeros.
 
   Args:
     weight: (o, ky, kx, kt, i).
-    x: (n, y, x, kt i), as `read_by` gives them.
+    x: (b, n, y, x, i), as `read_by` gives them.
+    sides: rows and columns of zeros on each side; half a kernel keeps y and x.
+    stride: step in time.
     dtype: of what comes out.
 
   Returns:
-    (n, y, x, o).
+    (b, (n - kt) // stride + 1, y + 2 sides[0] - ky + 1, x + 2 sides[1] - kx + 1, o).
   """
   o, ky, kx, kt, i = weight.shape
-  return convolve(x, weight.reshape(o, ky, kx, kt * i))
+  kernel = weight.reshape(o, ky, kx, kt * i)
+  return side_by_side(x, kt, stride, lambda frames: convolve(frames, kernel, sides))
 
 
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """(n, y, x, i) and kernel (o, ky, kx, i) of odd sides -> (n, y, x, o)."""
-  _, ky, kx, _ = kernel.shape
-  return _conv2d(x, kernel, 1, ((ky // 2, ky // 2), (kx // 2, kx // 2)))
-
-
-def causal_conv(
-  conv: Conv, x: jax.Array, history: jax.Array, keep: jax.Array, stride: int = 1
-) -> tuple[jax.Array, jax.Array]:
-  """Convolution that looks back in time only, with zero padding in space.
-
-  Computed as one 2-D convolution over the frames of the time kernel side by side in
-  the channels: 3-D convolution is 1.2 times slower on an H200 and 3 to 6 times
-  slower in XLA on a CPU.
+def side_by_side(
+  x: jax.Array, kt: int, stride: int, function: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+  """As one 2-D convolution over the frames of the time kernel side by side in the
+  channels: 3-D convolution is 1.2 times slower on an H200 and 3 to 6 times slower in
+  XLA on a CPU.
 
   Args:
-    conv: weight (o, k, k, kt, i).
-    x: (b, t, y, x, i).
-    history: (b, h, y, x, i), the input frames before x, as `read_by` gives them.
-    keep: (b, t, 1, 1, 1) bool; other frames of x are replaced by zeros.
-    stride: step in time.
-
-  Returns:
-    y: (b, (h + t - kt) // stride + 1, y, x, o).
-    history: the last h input frames.
+    x: (b, n, y, x, i).
+    function: (m, y, x, kt i) -> (m, ..., o).
   """
-  weight = conv.weight.get_value()
-  kt = weight.shape[3]
-  x = read_by(weight, jnp.where(keep, x, jnp.zeros((), x.dtype)))
-  x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
   b, total = x.shape[:2]
   t = (total - kt) // stride + 1
   count = frames_at_a_time(t, kt * (x.nbytes // total))
@@ -137,11 +127,45 @@ def causal_conv(
     last = first + stride * (count - 1) + 1
     taps = [x[:, first + k : last + k : stride] for k in range(kt)]
     stacked = jnp.concatenate(taps, axis=-1)  # (b, count, y, x, kt i)
-    stacked = stacked.reshape(b * count, *stacked.shape[2:])
-    y = convolved(weight, stacked, conv.bias.dtype)
+    y = function(stacked.reshape(b * count, *stacked.shape[2:]))
     parts.append(y.reshape(b, count, *y.shape[1:]))
-  y = jnp.concatenate(parts, axis=1) + conv.bias[...]
-  return y, x[:, total - history.shape[1] :]
+  return jnp.concatenate(parts, axis=1)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, sides: tuple[int, int]) -> jax.Array:
+  """(n, y, x, i) with `sides` of zeros, and kernel (o, ky, kx, i) -> (n, ..., o)."""
+  return _conv2d(x, kernel, 1, [(side, side) for side in sides])
+
+
+def causal_conv(
+  conv: Conv,
+  x: jax.Array,
+  history: jax.Array,
+  keep: jax.Array,
+  stride: int = 1,
+  band: Band = WHOLE,
+) -> tuple[jax.Array, jax.Array]:
+  """Convolution that looks back in time only, with zero padding in space.
+
+  Args:
+    conv: weight (o, k, k, kt, i), k odd.
+    x: (b, t, y, x, i).
+    history: (b, h, y, x, i), the input frames before x, as `read_by` gives them.
+    keep: (b, t, 1, 1, 1) bool; other frames of x are replaced by zeros.
+    stride: step in time.
+    band: what this device has of the picture.
+
+  Returns:
+    y: (b, (h + t - kt) // stride + 1, y, x, o).
+    history: the last h input frames.
+  """
+  weight = conv.weight.get_value()
+  x = read_by(weight, jnp.where(keep, x, jnp.zeros((), x.dtype)))
+  x = jnp.concatenate([history.astype(x.dtype), x], axis=1)
+  _, ky, kx, _, _ = weight.shape
+  wide, sides = band.with_halo(x, (ky // 2, kx // 2))
+  y = convolved(weight, wide, sides, stride, conv.bias.dtype) + conv.bias[...]
+  return y, x[:, x.shape[1] - history.shape[1] :]
 
 
 def frames_at_a_time(frames: int, size: int) -> int:
@@ -171,7 +195,7 @@ def downsample(conv: Conv, x: jax.Array) -> jax.Array:
   return y.reshape(b, t, *y.shape[1:]) + conv.bias[...]
 
 
-def upsample(conv: Conv, x: jax.Array) -> jax.Array:
+def upsample(conv: Conv, x: jax.Array, band: Band = WHOLE) -> jax.Array:
   """Nearest 2x in rows and columns, then a 3x3 convolution, in 4/9 of the work.
 
   Two of three neighbouring taps of the 3x3 kernel see the same low-resolution pixel.
@@ -184,8 +208,9 @@ def upsample(conv: Conv, x: jax.Array) -> jax.Array:
   # Columns, then rows; summed in float32 and rounded once: (2, 2, o, 2, 2, i).
   kernel = _both_phases(_both_phases(weight.astype(jnp.float32))).astype(weight.dtype)
   b, t, rows, columns = x.shape[:4]
-  frames = x.reshape(b * t, rows, columns, i)
-  y = _conv2d(frames, kernel.reshape(4 * o, 2, 2, i), 1, ((1, 1), (1, 1)))
+  x, sides = band.with_halo(x, (1, 1))
+  frames = x.reshape(b * t, *x.shape[2:])
+  y = convolve(frames, kernel.reshape(4 * o, 2, 2, i), sides)
   y = y.reshape(b * t, rows + 1, columns + 1, 2, 2, o)
   phases = [
     [y[:, p : p + rows, q : q + columns, p, q] for q in range(2)] for p in range(2)
@@ -264,9 +289,11 @@ class ResidualBlock(nnx.Module):
   def zero_history(self, batch: int, y: int, x: int):
     return tuple(c.zero_history(batch, y, x) for c in (self.conv1, self.conv2))
 
-  def __call__(self, x: jax.Array, history, keep: jax.Array):
-    h, first = causal_conv(self.conv1, nnx.silu(self.norm1(x)), history[0], keep)
-    h, second = causal_conv(self.conv2, nnx.silu(self.norm2(h)), history[1], keep)
+  def __call__(self, x: jax.Array, history, keep: jax.Array, band: Band = WHOLE):
+    h = nnx.silu(self.norm1(x))
+    h, first = causal_conv(self.conv1, h, history[0], keep, band=band)
+    h = nnx.silu(self.norm2(h))
+    h, second = causal_conv(self.conv2, h, history[1], keep, band=band)
     skip = x if self.shortcut is None else pointwise(self.shortcut, x)
     return skip + h, (first, second)
 
@@ -279,10 +306,11 @@ class FrameAttention(nnx.Module):
     self.to_qkv = Conv(c, 3 * c, (1, 1), dtype=dtype, rngs=rngs)
     self.proj = Conv(c, c, (1, 1), dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, band: Band = WHOLE) -> jax.Array:
     b, t, rows, columns, c = x.shape
     qkv = pointwise(self.to_qkv, self.norm(x)).reshape(b, t, rows * columns, 3 * c)
     q, k, v = jnp.split(qkv, 3, axis=-1)  # (b, t, s, c)
+    k, v = band.gathered(k), band.gathered(v)
     logits = jnp.einsum("btqc,btkc->btqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits / math.sqrt(c), axis=-1).astype(x.dtype)
     h = jnp.einsum("btqk,btkc->btqc", weights, v)
@@ -300,10 +328,10 @@ class Middle(nnx.Module):
   def zero_history(self, batch: int, y: int, x: int):
     return tuple(m.zero_history(batch, y, x) for m in (self.block0, self.block1))
 
-  def __call__(self, x: jax.Array, history, keep: jax.Array):
-    x, first = self.block0(x, history[0], keep)
-    x = self.attention(x)
-    x, second = self.block1(x, history[1], keep)
+  def __call__(self, x: jax.Array, history, keep: jax.Array, band: Band = WHOLE):
+    x, first = self.block0(x, history[0], keep, band)
+    x = self.attention(x, band)
+    x, second = self.block1(x, history[1], keep, band)
     return x, (first, second)
 
 
@@ -317,14 +345,14 @@ class Head(nnx.Module):
   def zero_history(self, batch: int, y: int, x: int):
     return self.conv.zero_history(batch, y, x)
 
-  def __call__(self, x: jax.Array, history, keep: jax.Array):
-    return causal_conv(self.conv, nnx.silu(self.norm(x)), history, keep)
+  def __call__(self, x: jax.Array, history, keep: jax.Array, band: Band = WHOLE):
+    return causal_conv(self.conv, nnx.silu(self.norm(x)), history, keep, band=band)
 
 
-def _run_blocks(blocks, x: jax.Array, histories, keep: jax.Array):
+def _run_blocks(blocks, x: jax.Array, histories, keep: jax.Array, band: Band = WHOLE):
   new = []
   for block, history in zip(blocks, histories, strict=True):
-    x, history = block(x, history, keep)
+    x, history = block(x, history, keep, band)
     new.append(history)
   return x, tuple(new)
 
@@ -411,11 +439,18 @@ class UpStage(nnx.Module):
       return blocks, ()
     return blocks, self.time_conv.zero_history(batch, y, x)
 
-  def __call__(self, x: jax.Array, history, started: jax.Array, per_latent: int):
+  def __call__(
+    self,
+    x: jax.Array,
+    history,
+    started: jax.Array,
+    per_latent: int,
+    band: Band = WHOLE,
+  ):
     """Maps per_latent frames a latent frame to per_latent or 2 per_latent."""
     blocks, time = history
     keep = keep_mask(started, per_latent - 1, x.shape[1])
-    h, blocks = _run_blocks(self.blocks, x, blocks, keep)
+    h, blocks = _run_blocks(self.blocks, x, blocks, keep, band)
     if self.time_conv is not None:
       # The clip's first frame goes past the time convolution and is no history of it.
       later = keep_mask(started, per_latent, h.shape[1])
@@ -427,13 +462,20 @@ class UpStage(nnx.Module):
       return h, (blocks, time)
     time_factor = 1 if self.time_conv is None else 2
     skip = repeat_up(x, h.shape[-1], time_factor, 2)
-    return upsample(self.resample, h) + skip, (blocks, time)
+    return upsample(self.resample, h, band) + skip, (blocks, time)
 
 
-def run_up_stages(stages, x: jax.Array, histories, started: jax.Array, latents: int):
+def run_up_stages(
+  stages,
+  x: jax.Array,
+  histories,
+  started: jax.Array,
+  latents: int,
+  band: Band = WHOLE,
+):
   """Up stages one after the other, of `latents` latent frames."""
   new = []
   for stage, history in zip(stages, histories, strict=True):
-    x, history = stage(x, history, started, x.shape[1] // latents)
+    x, history = stage(x, history, started, x.shape[1] // latents, band)
     new.append(history)
   return x, tuple(new)

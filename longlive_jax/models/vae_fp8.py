@@ -6,8 +6,9 @@ be larger than sqrt(c) * max |gamma|: the scale of the inputs follows from the w
 and nothing has to be calibrated. It is a power of two, so it rounds nothing. Weights
 have a scale for every output.
 
-Codes are what a convolution keeps of earlier frames and what it reads: half of the
-bytes of a decoder's state, and of the frames put side by side. All else stays as it is:
+Codes are what a convolution keeps of earlier frames, what devices that share a picture
+send each other, and what it reads: half of the bytes of a decoder's state, and of the
+frames put side by side. All else stays as it is:
 the first and the last convolution, those that resample, whose inputs have no bound, and
 the encoder.
 """
@@ -18,15 +19,21 @@ import math
 import jax
 import jax.numpy as jnp
 
+from longlive_jax.kernels import fp8_conv
 from longlive_jax.models.vae import VideoVAE
-from longlive_jax.models.vae_blocks import ResidualBlock, convolve, convolved, read_by
+from longlive_jax.models.vae_blocks import (
+  ResidualBlock,
+  convolve,
+  convolved,
+  read_by,
+  side_by_side,
+)
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import FP8Array
 
 Array = jax.Array
 
 PRECISIONS = ("", "fp8")
-CHANNELS = 16  # cuDNN's 8-bit convolutions take multiples of it
 
 
 @jax.tree_util.register_dataclass
@@ -120,22 +127,19 @@ def _(weight: ConvW8A8, x: Array) -> Array:
 
 
 @convolved.register
-def _(weight: ConvW8A8, x: Array, dtype: jnp.dtype) -> Array:
-  # XLA can make a cuDNN convolution of codes out of this: codes converted, one scalar
-  # factor, convolution. On an H200 it makes none (jax 0.11.2): it moves reshapes in
-  # between. Held back by an optimization_barrier, they made it try convolutions for
-  # more than four minutes. The scales of the outputs come after it and are fused with
-  # what reads the result.
+def _(
+  weight: ConvW8A8, x: Array, sides: tuple[int, int], stride: int, dtype: jnp.dtype
+) -> Array:
   o, ky, kx, kt, i = weight.shape
-  kernel = weight.weight.codes.reshape(o, ky, kx, kt * i)
-  kernel = _filled(_filled(kernel, 0), -1)
-  x = _filled(x, -1).astype(dtype) * weight.input_scale.astype(dtype)
-  sums = convolve(x, kernel.astype(dtype))[..., :o]
-  return (sums * weight.weight.scale.reshape(o)).astype(dtype)
+  scale = weight.weight.scale.reshape(o)
+  if stride == 1 and fp8_conv.runs_here(weight.weight.codes):
+    return fp8_conv.causal_convolve(
+      x, weight.weight.codes, scale * weight.input_scale, dtype=dtype, sides=sides
+    )
+  kernel = weight.weight.codes.reshape(o, ky, kx, kt * i).astype(dtype)
 
+  def convolve_codes(frames: Array) -> Array:
+    frames = frames.astype(dtype) * weight.input_scale.astype(dtype)
+    return (convolve(frames, kernel, sides) * scale).astype(dtype)
 
-def _filled(codes: Array, axis: int) -> Array:
-  """With zeros up to a multiple of CHANNELS along the axis."""
-  pad = [(0, 0)] * codes.ndim
-  pad[axis] = (0, -codes.shape[axis] % CHANNELS)
-  return jnp.pad(codes, pad)
+  return side_by_side(x, kt, stride, convolve_codes)
