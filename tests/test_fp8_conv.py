@@ -56,8 +56,9 @@ def test_sums_over_all_taps(run, shape, outputs, taps, sides):
   found = run(causal_convolve, x, kernel, scale, dtype=jnp.float32, sides=sides)
   found, want = np.asarray(found), exact(x, kernel, scale, sides)
   assert found.shape == want.shape
-  # A GPU's tensor cores keep about 14 bits of sums of FP8 products.
-  np.testing.assert_allclose(found, want, rtol=0, atol=2e-3 * np.abs(want).max())
+  # A GPU's tensor cores keep about 14 bits of sums of FP8 products: of 6,912 of them
+  # 6e-3 was seen. A tap that is missing is 10 times that.
+  np.testing.assert_allclose(found, want, rtol=0, atol=1e-2 * np.abs(want).max())
 
 
 def test_by_default_the_picture_keeps_its_size():
