@@ -252,9 +252,10 @@ def test_a_report_gives_its_rates(tmp_path):
   assert hardware.measured_hardware(path) == H200
 
 
-def test_a_report_of_before_has_one_share():
+def test_a_report_of_before_lacks_rates():
   found = hardware.measured_hardware(RESULTS / "bench_5b_h200_fp8.json")
   assert found.unrolled_share == found.denoise_share
+  assert found.convolution_fp8 == found.convolution
 
 
 def test_this_machine():

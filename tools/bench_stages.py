@@ -260,6 +260,7 @@ def measured(hardware: Hardware, config: dit.WanConfig, tokens: int, dtype) -> H
     matrix_fp8=matrix * hardware.matrix_fp8 / hardware.matrix,
     matrix_fp4=matrix * hardware.matrix_fp4 / hardware.matrix,
     convolution=convolutions,
+    convolution_fp8=convolutions * hardware.convolution_fp8 / hardware.convolution,
     copy=2 * hidden.nbytes / copied.seconds,
     host=hidden.nbytes / float(np.median(times)),
   )

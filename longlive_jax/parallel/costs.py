@@ -345,6 +345,10 @@ class Convolution:
     """Of a number that it multiplies: of inputs, state and weights."""
     return 1 if precision and self.residual else itemsize
 
+  def unit(self, precision: str) -> str:
+    """Which rate of the hardware is its own."""
+    return "convolution_fp8" if precision and self.residual else "convolution"
+
 
 def _residual_block(
   frames: int, rows: int, columns: int, c_in: int, c_out: int
@@ -437,7 +441,7 @@ def decode_stage(
     size = conv.operand_bytes(precision, itemsize)
     moved = size * (n * conv.input + conv.parameters + 2 * videos * conv.state)
     moved += itemsize * n * conv.output
-    costs.append(Cost(n * conv.flops, moved, "convolution"))
+    costs.append(Cost(n * conv.flops, moved, conv.unit(precision)))
   one = frame_attention(config.decoder_widths[0], y, x, itemsize)
   costs.append(Cost(n * one.flops, n * one.bytes, one.unit))
   return Stage(-(-frames // frames_per_call), tuple(costs))

@@ -20,8 +20,8 @@ class Hardware:
     kind: as JAX names it.
     source: where the rates are from.
     memory: bytes of a device.
-    matrix, matrix_fp8, matrix_fp4, attention, attention_fp8, convolution: operations
-      a second.
+    matrix, matrix_fp8, matrix_fp4, attention, attention_fp8, convolution,
+      convolution_fp8: operations a second.
     copy: bytes a second, read and written.
     link, host: bytes a second to another device, and to the host.
     denoise_share, decode_share: of the floor by these rates that whole chunks reach.
@@ -39,6 +39,7 @@ class Hardware:
   attention: float
   attention_fp8: float
   convolution: float
+  convolution_fp8: float
   copy: float
   link: float
   host: float
@@ -59,7 +60,7 @@ class Hardware:
     """One of so many devices that share what this one has."""
     names = (
       "matrix", "matrix_fp8", "matrix_fp4", "attention", "attention_fp8",
-      "convolution", "copy",
+      "convolution", "convolution_fp8", "copy",
     )  # fmt: skip
     return dataclasses.replace(self, **{n: getattr(self, n) / factor for n in names})
 
@@ -68,9 +69,10 @@ class Hardware:
 PEAKS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12}
 
 # Rates were measured with jax 0.11.2 at the 5B model's shapes: a product with fc1,
-# attention of a chunk to its window, 3x3 convolutions over frames side by side, copies
-# of 270 MB. The shares are of the BF16 run in tools/results/bench_5b_h200_nvfp4.json,
-# that of unrolled layers is of bench_5b_h200_fp8_held.json.
+# attention of a chunk to its window, 3x3 convolutions over frames side by side, in FP8
+# by kernels/fp8_conv.py, copies of 270 MB. The shares are of the BF16 run in
+# tools/results/bench_5b_h200_nvfp4.json, that of unrolled layers is of
+# bench_5b_h200_fp8_held.json.
 H200 = Hardware(
   kind="NVIDIA H200",
   source="measured; links and memory published",
@@ -81,6 +83,7 @@ H200 = Hardware(
   attention=681e12,
   attention_fp8=1022e12,
   convolution=800e12,
+  convolution_fp8=1480e12,
   copy=4.2e12,
   link=450e9,
   host=55e9,
@@ -106,6 +109,7 @@ def _published(
     attention=share * H200.attention,
     attention_fp8=share * H200.attention_fp8,
     convolution=share * H200.convolution,
+    convolution_fp8=share * H200.convolution_fp8,
     copy=copy * H200.copy / 4.8e12,
     link=link,
   )
@@ -119,8 +123,8 @@ HARDWARE = {
   "cpu": Hardware(
     kind="cpu", source="those of two cores", memory=16e9, matrix=1.7e11,
     matrix_fp8=1.7e11, matrix_fp4=1.7e11, attention=5.5e10, attention_fp8=5.5e10,
-    convolution=1.6e11, copy=4.2e10, link=2e10, host=4.2e10, denoise_share=0.67,
-    decode_share=0.37, unrolled_share=0.67, shared=True,
+    convolution=1.6e11, convolution_fp8=1.6e11, copy=4.2e10, link=2e10, host=4.2e10,
+    denoise_share=0.67, decode_share=0.37, unrolled_share=0.67, shared=True,
   ),
 }  # fmt: skip
 
@@ -154,7 +158,11 @@ def measured_hardware(path: str | Path) -> Hardware:
   try:
     found = json.loads(Path(path).read_text())["hardware"]
     # Reports of before had one share for both.
-    return Hardware(**{"unrolled_share": found.get("denoise_share"), **found})
+    before = {
+      "unrolled_share": found.get("denoise_share"),
+      "convolution_fp8": found.get("convolution"),
+    }
+    return Hardware(**{**before, **found})
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(
       f"plan={path} is no report of tools/bench_generate.py ({error}); use 'auto' or "
