@@ -136,15 +136,13 @@ def can_hold(
 ) -> bool:
   """Whether windows can be taken out of the cache: `kv_cache.hold`.
 
-  If the network is unrolled and slots are attended as they are stored, in 8 bits, and
-  all of them. (In 16 bits windows would take twice the memory.)
+  If the network is unrolled and slots are attended as they are stored, and all of them.
   """
   rules, reads = cache.rules, _reads(model, attention_format)
   return (
     len(block_scan.block_runs(model)) == model.config.layers
     and rules.window_frames == cache.frame.shape[1]
     and not rules.relative_rope
-    and reads == jnp.float8_e4m3fn
     and all(isinstance(a, Array) and a.dtype == reads for a in (cache.k, cache.v))
   )
 

@@ -97,7 +97,7 @@ class Work:
   def holds_windows(self) -> bool:
     """Whether they are copied once a chunk, see `cached_forward.can_hold`."""
     formats = self.kv_format, self.attention_format
-    return self.unrolled and formats == ("e4m3", "fp8")
+    return self.unrolled and formats in (("", ""), ("e4m3", "fp8"))
 
   @property
   def weight_itemsize(self) -> float:
