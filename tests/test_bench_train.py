@@ -99,6 +99,8 @@ def test_layouts_with_encoding_on_two_devices(tmp_path):
   for row in plain, balanced:
     assert row["step_seconds"] > row["encode_seconds"] > 0
     assert row["devices"] == 2 and row["program_bytes"] > 0
+    # Of four latent frames the second device has the first two as its halo.
+    assert sum(row["halo_cost"]) == pytest.approx(1)
 
 
 def test_operations_of_the_full_model():

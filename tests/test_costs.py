@@ -1,6 +1,7 @@
 """Formulas of operations and bytes against XLA's counts and the networks' own sizes."""
 
 import dataclasses
+import functools
 
 import bench_stages
 import jax
@@ -90,6 +91,23 @@ def test_operations_of_the_vae_are_those_that_xla_counts(way):
   want = sum(conv.flops for conv in convolutions(config, side, side))
   want += costs.frame_attention(c, side, side, 4).flops
   assert lowered.cost_analysis()["flops"] == pytest.approx(want, rel=0.02)
+
+
+def test_operations_of_the_parts_of_the_encoder():
+  """What XLA counts less at the borders is more in small pictures."""
+  config, side = vae.VAE_SIZES["test"], 16
+  model = store.abstract_network("vae", config)
+  x = jax.ShapeDtypeStruct((1, 4, 16 * side, 16 * side, 3), jnp.float32)
+  counts = costs.encoder_part_flops(config, side, side)
+  for part, want in zip(model.encoder.parts(), counts, strict=True):
+    encode = jax.jit(functools.partial(vae.encode_chunk, part=part))
+    start = functools.partial(
+      vae.init_encoder_state, batch=1, y=side, x=side, part=part
+    )
+    state = jax.eval_shape(start, model)
+    found = encode.lower(model, state, x).cost_analysis()["flops"]
+    assert found == pytest.approx(want, rel=0.08)
+    x, _ = jax.eval_shape(encode, model, state, x)
 
 
 @pytest.mark.parametrize("size", ["test", "toy", "ti2v-5b"])

@@ -21,7 +21,8 @@ takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
   --encode          '' is without; whole: each device encodes all of its clip; spans:
                     its own part (longlive_jax/parallel/halo.py), if a layout makes
                     them share it. A row's seconds are then those of both, one after
-                    the other.
+                    the other; `halo_cost` is what each part of the encoder computes
+                    besides its span, in operations of whole spans.
 
 Utilisation is the model's operations, three times those of a forward pass, over what
 the devices' published peaks allow in 16 bits: what remat computes again does not count.
@@ -175,7 +176,10 @@ def measure(case: Case, config: dit.WanConfig, y: int, x: int) -> dict[str, Any]
       memory.argument_size_in_bytes + memory.temp_size_in_bytes
       + memory.output_size_in_bytes - memory.alias_size_in_bytes
     )  # fmt: skip
-    encode = make_encode(case, mesh) if case.encode else None
+    encode = None
+    if case.encode:
+      encode, spans = make_encode(case, mesh)
+      row["halo_cost"] = halo.halo_cost(vae.VAE_SIZES[_VAE.value], spans, y, x)
     row |= timed(compiled, carry, batch, encode, mesh)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
@@ -246,7 +250,9 @@ def on_mesh(make: Callable[[], Any], specs: Any, mesh: Mesh | None) -> Any:
   return jax.jit(make, out_shardings=shardings)
 
 
-def make_encode(case: Case, mesh: Mesh | None) -> Callable[[], Array]:
+def make_encode(
+  case: Case, mesh: Mesh | None
+) -> tuple[Callable[[], Array], halo.Spans]:
   """encode() -> the latents of the case's clips, of random video on the devices."""
   config, n = vae.VAE_SIZES[_VAE.value], _CHUNK.value
   shared = 1 if mesh is None else mesh.shape[meshes.SEQUENCE]
@@ -266,9 +272,13 @@ def make_encode(case: Case, mesh: Mesh | None) -> Callable[[], Array]:
   )
   video = on_mesh(make, meshes.CLIPS if by_spans else P(meshes.DATA), mesh)()
   if by_spans:
-    return lambda: halo.encode_spans(network, video, spans, mesh)
+    return lambda: halo.encode_spans(network, video, spans, mesh), spans
   whole = jax.jit(halo.encode_span, static_argnums=3)
-  return lambda: meshes.spread(whole(network, video, 0, spans), meshes.CLIPS, mesh)
+
+  def encode() -> Array:
+    return meshes.spread(whole(network, video, 0, spans), meshes.CLIPS, mesh)
+
+  return encode, spans
 
 
 def timed(

@@ -26,6 +26,8 @@ with N = the number of blocks of the stage (2 in the encoder, 3 in the decoder).
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -185,31 +187,43 @@ class Encoder(nnx.Module):
     self.head = Head(widths[-1], 2 * config.z_dim, **options)
     self.per_latent = config.temporal_factor
 
-  def zero_history(self, batch: int, y: int, x: int):
-    """Zeros for a latent grid of y rows and x columns."""
-    scale = 2 ** (len(self.downsamples) - 1)
-    stages = []
-    first = self.conv1.zero_history(batch, y * scale, x * scale)
-    for stage in self.downsamples:
-      stages.append(stage.zero_history(batch, y * scale, x * scale))
-      scale = max(scale // 2, 1)
-    middle = self.middle.zero_history(batch, y, x)
-    return first, tuple(stages), middle, self.head.zero_history(batch, y, x)
+  def parts(self) -> tuple[slice, ...]:
+    """Layers (of conv1, the stages, middle and head) that have the same frame rate."""
+    halving = [i + 2 for i, s in enumerate(self.downsamples) if s.time_conv is not None]
+    ends = itertools.pairwise([0, *halving, len(self.downsamples) + 3])
+    return tuple(itertools.starmap(slice, ends))
 
-  def __call__(self, x: jax.Array, history, started: jax.Array):
-    first, stages, middle, head = history
-    per_latent = self.per_latent
-    keep = keep_mask(started, per_latent - 1, x.shape[1])
-    h, first = causal_conv(self.conv1, x, first, keep)
+  def zero_history(self, batch: int, y: int, x: int):
+    """Zeros for a latent grid of y rows and x columns; an entry for every layer."""
+    scale = 2 ** (len(self.downsamples) - 1)
+    histories = [self.conv1.zero_history(batch, y * scale, x * scale)]
+    for stage in self.downsamples:
+      histories.append(stage.zero_history(batch, y * scale, x * scale))
+      scale = max(scale // 2, 1)
+    histories += [m.zero_history(batch, y, x) for m in (self.middle, self.head)]
+    return tuple(histories)
+
+  def __call__(
+    self, x: jax.Array, history, started: jax.Array, part: slice = slice(None)
+  ):
+    """Runs some of the layers; x is what the one before gave, `history` is theirs."""
+
+    def masked(layer, rate: int):
+      return lambda x, past: layer(x, past, keep_mask(started, rate - 1, x.shape[1]))
+
+    rate = self.per_latent
+    layers = [masked(functools.partial(causal_conv, self.conv1), rate)]
+    for stage in self.downsamples:
+      layers.append(functools.partial(stage, started=started, per_latent=rate))
+      rate //= 1 if stage.time_conv is None else 2
+    layers += [masked(self.middle, rate), masked(self.head, rate)]
     new = []
-    for stage, past in zip(self.downsamples, stages, strict=True):
-      h, past = stage(h, past, started, per_latent)
+    for layer, past in zip(layers[part], history, strict=True):
+      x, past = layer(x, past)
+      # Fused with the next layer it would keep bits that it loses between parts.
+      x = lax.optimization_barrier(x)
       new.append(past)
-      per_latent //= 1 if stage.time_conv is None else 2
-    keep = keep_mask(started, 0, h.shape[1])
-    h, middle = self.middle(h, middle, keep)
-    h, head = self.head(h, head, keep)
-    return h, (first, tuple(new), middle, head)
+    return x, tuple(new)
 
 
 class Decoder(nnx.Module):
@@ -324,9 +338,11 @@ def init_decoder_state(model: VideoVAE, batch: int, y: int, x: int) -> DecoderSt
   return DecoderState(jnp.zeros((batch,), bool), history)
 
 
-def init_encoder_state(model: VideoVAE, batch: int, y: int, x: int) -> EncoderState:
+def init_encoder_state(
+  model: VideoVAE, batch: int, y: int, x: int, part: slice = slice(None)
+) -> EncoderState:
   """The state before a clip, for latents of y rows and x columns: zeros."""
-  history = model.encoder.zero_history(batch, y, x)
+  history = model.encoder.zero_history(batch, y, x)[part]
   return EncoderState(jnp.zeros((batch,), bool), history)
 
 
@@ -412,13 +428,13 @@ def posterior(
   """
   x = fold_pixels(frames.astype(model.conv1.weight.dtype))
   h, history = model.encoder(x, state.history, state.started)
-  mean, logvar = jnp.split(pointwise(model.conv1, h).astype(jnp.float32), 2, axis=-1)
+  mean, logvar = _moments(model, h)
   state = EncoderState(jnp.ones_like(state.started), history)
   return mean, jnp.clip(logvar, -30.0, 20.0), state
 
 
 def encode_chunk(
-  model: VideoVAE, state: EncoderState, frames: jax.Array
+  model: VideoVAE, state: EncoderState, frames: jax.Array, part: slice | None = None
 ) -> tuple[jax.Array, EncoderState]:
   """Encodes the next video frames of a clip.
 
@@ -427,14 +443,29 @@ def encode_chunk(
     state: from `init_encoder_state` or the call before.
     frames: (b, 4 f, 16 y, 16 x, 3) in [-1, 1]. At the start of a sample's clip its
       first three frames are placeholders of any value and the fourth is frame 0.
+    part: one of `Encoder.parts`, for which `state` then is. Any but the first takes
+      the features that the one before returned. None: all of them at once.
 
   Returns:
-    latents: (b, f, y, x, z) float32, normalised means.
+    latents: (b, f, y, x, z) float32, normalised means; features (b, t, rows, columns,
+      c) of any part but the last.
     state: for the next call.
   """
-  mean, _, state = posterior(model, state, frames)
+  parts = model.encoder.parts()
+  part = part or slice(0, parts[-1].stop)
+  if part.start == 0:
+    frames = fold_pixels(frames.astype(model.conv1.weight.dtype))
+  h, history = model.encoder(frames, state.history, state.started, part)
+  state = EncoderState(jnp.ones_like(state.started), history)
+  if part.stop < parts[-1].stop:
+    return h, state
+  mean, _ = _moments(model, h)
   centre, std = lax.stop_gradient((model.latent_mean[...], model.latent_std[...]))
   return (mean - centre) / std, state
+
+
+def _moments(model: VideoVAE, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return jnp.split(pointwise(model.conv1, h).astype(jnp.float32), 2, axis=-1)
 
 
 def encode(

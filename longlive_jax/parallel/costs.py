@@ -411,6 +411,17 @@ def encoder_convolutions(config: VAEConfig, y: int, x: int) -> Iterator[Convolut
   yield Convolution(1, y, x, 2 * z, 2 * z, 1)
 
 
+def encoder_part_flops(config: VAEConfig, y: int, x: int) -> tuple[int, ...]:
+  """Operations of a latent frame in each of `Encoder.parts`, attention included."""
+  parts = [0]
+  for conv in encoder_convolutions(config, y, x):
+    parts[-1] += conv.flops
+    if conv.history == 1:  # what halves time ends a part
+      parts.append(0)
+  parts[-1] += int(frame_attention(config.encoder_widths[-1], y, x, 2).flops)
+  return tuple(parts)
+
+
 def frame_attention(c: int, y: int, x: int, itemsize: int) -> Cost:
   """Attention of the middle of the VAE, for one latent frame."""
   pixels = y * x
