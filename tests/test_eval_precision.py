@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import bench_networks
 import eval_precision as study
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from random_weights import normal
 
 from longlive_jax.data import detectors, toy_world
-from longlive_jax.generate import precision
+from longlive_jax.generate import networks, precision, sampler
 from longlive_jax.layers import kv_slots, linear
 from longlive_jax.models import dit
 from longlive_jax.quant import nvfp4, weights
@@ -66,6 +68,36 @@ def test_aged_slots_read_the_newest_chunks_plainly():
   coarse = read(slots.packed, jnp.float32)
   np.testing.assert_array_equal(found[:, :4], coarse[:, :4])
   assert np.abs(coarse[:, 4:] - chunks[2]).max() > 1e-3
+
+
+def test_chunks_are_made_with_aged_slots():
+  config = dataclasses.replace(dit.size("test"), layers=2)
+  model = jax.eval_shape(lambda: dit.CausalDiT(config, rngs=nnx.Rngs(0)))
+  model = networks.random_like(model)
+  sampling = sampler.Sampling(
+    frames_per_chunk=2, window_frames=4, sink_frames=0, steps=1, kv_format="nvfp4"
+  )
+  cache = sampler.init_cache(model, sampling, 1, 4, 4)
+  study._FLAGS(["test", "--dtype=float32"])
+  caches = [cache, study.aged(cache, 1), study.aged(cache, 2)]
+  denoise = jax.jit(sampler.denoise_chunk, static_argnums=3)
+  videos: list[list[jax.Array]] = [[], [], []]
+  chunk = bench_networks.chunk_inputs(config, sampling, 4, 4)
+  for frame in (0, 2):
+    frames = np.array([[frame, frame + 1]], np.int32)
+    chunk = dataclasses.replace(
+      chunk,
+      noise=normal(*chunk.noise.shape, seed=frame),
+      frames=frames,
+      temporal=sampler.chunk_temporal(config, sampling, frames, np.zeros(1, np.int32)),
+    )
+    for i, video in enumerate(videos):
+      latents, caches[i] = denoise(model, caches[i], chunk, sampling)
+      video.append(latents)
+  coarse, one, both = (np.stack(video) for video in videos)
+  np.testing.assert_array_equal(one[0], coarse[0])  # nothing was read yet
+  np.testing.assert_array_equal(one[1], both[1])  # there is no older chunk
+  assert np.abs(one[1] - coarse[1]).max() > 1e-4
 
 
 def test_scores_of_the_baseline_against_itself_and_a_still():

@@ -155,6 +155,11 @@ def _(slots: AgedSlots, dtype: jnp.dtype) -> jax.Array:
   return jnp.where(new, slots.plain.astype(dtype), kv_slots.read(slots.packed, dtype))
 
 
+@kv_slots.attended_dtype.register
+def _(slots: AgedSlots, dtype: jnp.dtype, wanted: jnp.dtype) -> jnp.dtype:
+  return dtype
+
+
 def aged(cache: Any, newest: int) -> Any:
   """An empty NVFP4 cache with its slots replaced by AgedSlots."""
 
