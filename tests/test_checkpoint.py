@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 from longlive_jax.checkpoint import store
 
@@ -57,6 +58,24 @@ def test_an_array_larger_than_what_is_read_at_a_time(tmp_path, monkeypatch):
   for like in (tree, half):
     loaded = store.load(tmp_path / "s", like)
     assert all((loaded[name] == tree[name]).all() for name in tree)
+
+
+@pytest.mark.parametrize(
+  "write", [store.save, lambda path, tree: store.save_stream(path, tree.items())]
+)
+def test_large_arrays_are_written_in_parts(tmp_path, monkeypatch, write):
+  """A thread reads a part."""
+  monkeypatch.setattr(store, "_PART_BYTES", 512)
+  shapes = {"layers": (10, 16), "words": (1000, 1), "small": (10, 8), "number": ()}
+  tree = {k: np.random.default_rng(0).random(s, np.float32) for k, s in shapes.items()}
+  tree = {name: np.asarray(array) for name, array in tree.items()}
+  write(tmp_path / "s", tree)
+  stored = ocp.metadata(tmp_path / "s").metadata
+  parts = {name: stored[name].storage_metadata.chunk_shape for name in tree}
+  assert parts["layers"] == (1, 16) and parts["small"] == (10, 8)
+  assert 64 < parts["words"][0] <= 128
+  for name, array in store.load(tmp_path / "s").items():
+    np.testing.assert_array_equal(array, tree[name])
 
 
 def test_arrays_land_where_the_abstract_tree_says(tmp_path):

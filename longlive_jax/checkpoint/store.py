@@ -37,8 +37,11 @@ NETWORKS: dict[str, tuple[type, type, Mapping[str, Any]]] = {
 }
 _GROUP_BYTES = 2**29  # arrays written at a time when a checkpoint comes as a stream
 # Arrays read at a time, so that host memory never holds a whole network: room for the
-# two largest of the 5B model together, 2.6 GB each, since one thread reads one array.
+# two largest of the 5B model together, 2.6 GB each.
 _READ_BYTES = 6 * 10**9
+# One thread reads a part: of whole arrays most threads would wait for the two largest.
+# A layer of the 5B model is one. (Checkpoints of before are read as well.)
+_PART_BYTES = 2**27
 
 
 # ---------------------------------------------------------------------- names
@@ -111,7 +114,8 @@ def start_save(
     raise ValueError(f"path={target}: the tree has no arrays to save")
   new = target.with_name(f".{target.name}.new") if target.exists() else target
   record = _checked_json(metadata)
-  response = ocp.save_async(new, leaves, custom_metadata=record, overwrite=True)
+  with _in_parts():
+    response = ocp.save_async(new, leaves, custom_metadata=record, overwrite=True)
 
   def finish() -> None:
     try:
@@ -149,9 +153,10 @@ def save_stream(
   shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
   record = _checked_json(metadata)
   try:
-    for group in _groups(leaves):
-      ocp.partial.save(target, group, custom_metadata=record)
-    ocp.partial.finalize(target)
+    with _in_parts():
+      for group in _groups(leaves):
+        ocp.partial.save(target, group, custom_metadata=record)
+      ocp.partial.finalize(target)
     file_sizes.write(target)
   except BaseException:
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -410,6 +415,22 @@ def _as_like(value: Any, leaf: Any) -> Any:
   if isinstance(leaf, int | float):
     return type(leaf)(value)
   return value if _on_host(leaf) else jnp.asarray(value)
+
+
+def _in_parts() -> ocp.Context:
+  """In which large arrays are written in parts: of stacked layers each by itself."""
+  options = ocp.options.ArrayOptions.Saving.StorageOptions
+
+  def parts(_, leaf: Any) -> Any:
+    size = getattr(leaf, "nbytes", 0)
+    # Orbax cuts an axis that it is told to cut into single indices, which of a table of
+    # words would be hundreds of thousands.
+    stacked = size > _PART_BYTES and size // leaf.shape[0] >= _PART_BYTES // 64
+    return options(chunk_byte_size=_PART_BYTES, shard_axes=(0,) if stacked else ())
+
+  context = ocp.Context()
+  context.array.saving.scoped_storage_options_creator = parts
+  return context
 
 
 def _key_impl(leaf: Any) -> Any:
