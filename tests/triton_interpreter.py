@@ -25,16 +25,12 @@ DTYPES = {
   "uint8": "u8",
   "float8_e4m3fn": "fp8e4nv",
 }
-# Those of kernels/approximate.py, and of blocks.py: float32 inverse, and bfloat16.
+# Those of kernels/approximate.py, and blocks.py's rounded inverse; float32.
 INSTRUCTIONS = {
   "ex2.approx.ftz.f32 $0, $1;": np.exp2,
   "rcp.approx.ftz.f32 $0, $1;": np.reciprocal,
   "{ .reg .f32 y, e; rcp.approx.ftz.f32 y, $1; neg.f32 e, $1; "
   "fma.rn.f32 e, e, y, 0f3F800000; fma.rn.f32 $0, e, y, y; }": np.reciprocal,
-  "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; "
-  "shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }": lambda x: (
-    x.astype(ml_dtypes.bfloat16).astype(np.float32)
-  ),
 }
 
 

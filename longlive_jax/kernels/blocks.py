@@ -68,24 +68,6 @@ def _unpair(x):
 
 
 @jit
-def to_precision(x, dtype: tl.constexpr):
-  """Float32 x as `dtype` has it."""
-  if dtype == tl.bfloat16:
-    # Two at a time; Triton's own conversion takes a slower instruction for each.
-    return tl.inline_asm_elementwise(
-      "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; "
-      "shl.b32 $0, both, 16; and.b32 $1, both, 0xFFFF0000; }",
-      "=f,=f,f,f",
-      [x],
-      tl.float32,
-      is_pure=True,
-      pack=2,
-    )
-  else:
-    return x.to(dtype).to(tl.float32)
-
-
-@jit
 def store_blocks(codes_pointer, scales_pointer, block, valid, codes, scales):
   """Writes words (blocks, 2) and scale bits (blocks,) of blocks `block`."""
   at = codes_pointer.to(tl.pointer_type(tl.int32)) + block[:, None] * 2

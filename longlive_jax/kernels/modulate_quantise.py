@@ -14,13 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from longlive_jax.kernels import launch as launching
-from longlive_jax.kernels.blocks import (
-  encode,
-  largest,
-  load_halves,
-  store_blocks,
-  to_precision,
-)
+from longlive_jax.kernels.blocks import encode, largest, load_halves, store_blocks
 from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
 from longlive_jax.quant import nvfp4
 from longlive_jax.quant.nvfp4 import BLOCK, NVFP4Array
@@ -208,12 +202,18 @@ def _load(
   variance = tl.div_rn(variance, BLOCKS * 16.0)
   factor = tl.div_rn(1.0, tl.sqrt_rn(variance + EPS))
   dtype: tl.constexpr = x_ptr.dtype.element_ty
-  a, b = to_precision(a * factor, dtype), to_precision(b * factor, dtype)
+  a, b = _rounded(a * factor, dtype), _rounded(b * factor, dtype)
   ga, gb = load_halves(scale_ptr + frame * BLOCKS * 16, block, valid)
-  a = to_precision(a * to_precision(ga + 1.0, dtype), dtype)
-  b = to_precision(b * to_precision(gb + 1.0, dtype), dtype)
+  a = _rounded(a * _rounded(ga + 1.0, dtype), dtype)
+  b = _rounded(b * _rounded(gb + 1.0, dtype), dtype)
   sa, sb = load_halves(shift_ptr + frame * BLOCKS * 16, block, valid)
-  return row, block, valid, to_precision(a + sa, dtype), to_precision(b + sb, dtype)
+  return row, block, valid, _rounded(a + sa, dtype), _rounded(b + sb, dtype)
+
+
+@jit
+def _rounded(x, dtype: tl.constexpr):
+  """Float32 x as `dtype` has it."""
+  return x.to(dtype).to(tl.float32)
 
 
 @jit

@@ -23,7 +23,6 @@ from longlive_jax.kernels.blocks import (
   load_halves,
   load_raw,
   store_blocks,
-  to_precision,
 )
 from longlive_jax.kernels.launch import Array, Call, Launcher, jit, tl
 from longlive_jax.quant import nvfp4
@@ -239,7 +238,7 @@ def _fronted(
     a, b = a - mean[:, None], b - mean[:, None]
   elif FRONT == "hadamard":
     a, b = _rotate(a, b, SIGNS)
-    a, b = to_precision(a, dtype), to_precision(b, dtype)
+    a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
   return a, b
 
 
