@@ -155,31 +155,38 @@ def chunk_of(frames: np.ndarray, sampling: Sampling) -> sampler.ChunkInputs:
 
 
 @pytest.mark.parametrize(
-  "changes",
+  ("precision", "changes", "held"),
   [
-    {},
-    {"kv_format": "nvfp4"},
-    {"attention_format": ""},
-    {"kv_format": ""},
-    {"relative_rope": True},
+    ("fp8", {}, True),
+    ("fp8", {"kv_format": "nvfp4"}, False),
+    ("fp8", {"attention_format": ""}, False),
+    ("fp8", {"kv_format": ""}, False),
+    ("fp8", {"relative_rope": True}, False),
+    ("", {"kv_format": "", "attention_format": ""}, True),
+    ("fp8", {"kv_format": "", "attention_format": ""}, False),  # twice the memory
   ],
 )
-def test_what_is_not_attended_as_it_is_stored_is_not_held(changes):
+def test_which_windows_are_held(precision, changes, held):
   settings = {"kv_format": "e4m3", "attention_format": "fp8"} | changes
   lengths = {"frames_per_chunk": N, "window_frames": 3 * N, "sink_frames": N}
   sampling = Sampling(**lengths, **settings)
-  network = jax.eval_shape(block_scan.unrolled, ABSTRACT)
+  abstract = ABSTRACT
+  if precision:
+    quantise = functools.partial(weights.quantise_weights, mode=precision)
+    abstract = jax.eval_shape(quantise, ABSTRACT)
+  network = jax.eval_shape(block_scan.unrolled, abstract)
   cache = sampler.init_cache(network, sampling, 1, Y, X)
   found = can_hold(network, cache, sampling.attention_format)
   formats = sampling.kv_format, sampling.attention_format
   work = costs.Work(
-    1, N, 3 * N, 4, 4, 4, "fp8", *formats, unrolled=not sampling.relative_rope
+    1, N, 3 * N, 4, 4, 4, precision, *formats, unrolled=not sampling.relative_rope
   )
-  assert found == work.holds_windows == (not changes)
+  assert found == work.holds_windows == held
   if found:
-    assert not can_hold(ABSTRACT, cache, "fp8")
+    form = sampling.attention_format
+    assert not can_hold(abstract, cache, form)
     attended = dataclasses.replace(cache.rules, window_frames=2 * N)
-    assert not can_hold(network, dataclasses.replace(cache, rules=attended), "fp8")
+    assert not can_hold(network, dataclasses.replace(cache, rules=attended), form)
 
 
 def test_a_network_is_unrolled_while_it_is_loaded(tmp_path):

@@ -89,6 +89,11 @@ def test_it_compiles_for_gpus_that_are_not_here(tmp_path, monkeypatch, capabilit
     ({"codes": jnp.zeros((1, 2, 2, 2, 128), F8)}, "at least as many frames"),
     ({"kernel": jnp.zeros((8, 2, 3, 3, 128), F8)}, "odd sides"),
     ({"scale": jnp.ones(4)}, r"scale=float32\(4,\) must be float32 \(8,\)"),
+    (
+      {"codes": jnp.zeros((1, 3, 2, 2, 64), F8), "implementation": "triton",
+       "kernel": jnp.zeros((8, 3, 3, 3, 64), F8)},
+      "must have a multiple of 128 inputs for Triton",
+    ),
     ({"implementation": "cudnn"}, "implementation='cudnn' is unknown"),
   ],
 )

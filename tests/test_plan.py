@@ -82,6 +82,16 @@ def test_layers_one_by_one_with_relative_rope_are_as_fast_but_hold_no_windows():
   assert found.memory["temporaries"] < still.memory["temporaries"]
 
 
+def test_tiles_of_a_picture_are_not_split():
+  hardware = dataclasses.replace(H200, count=2)
+  whole = dataclasses.replace(FULL, vae_precision="fp8")
+  tiled = dataclasses.replace(whole, decode_tiles=4)
+  found, other = (plan.choose(work, hardware).plan for work in (whole, tiled))
+  assert found.decode_on == "split" != other.decode_on
+  with pytest.raises(ValueError, match="decode_on='split' needs decode_tiles=1, not 4"):
+    plan.choose(tiled, hardware, {"decode_on": "split"})
+
+
 def test_adapters_take_memory():
   more = dataclasses.replace(FULL, adapter_parameters=10**9)
   apart = plan.predict(more, H200, Plan()).peak - plan.predict(FULL, H200, Plan()).peak
@@ -275,6 +285,7 @@ def config():
   return {
     "plan": "auto", "devices": 1, "sequence_devices": 1, "guidance_devices": 1,
     "decode_on": "same", "precision": "", "kv_format": "", "decode_frames": 8,
+    "decode_tiles": 1,
     "height": 704, "width": 1280, "frames_per_chunk": 8, "window_frames": 32,
     "steps": 4, "guidance": 1.0, "dtype": "bfloat16", "precision_plain_steps": (),
     "relative_rope": False,

@@ -19,7 +19,7 @@ from triton_interpreter import Interpreter
 from longlive_jax.kernels import flash_attention
 from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.kernels.flash_attention import Tiles
-from longlive_jax.layers import teacher_forcing
+from longlive_jax.layers import remat, teacher_forcing
 
 # The loops of a program walk in steps of 16, its own tokens are up to 32.
 SMALL = {
@@ -295,7 +295,10 @@ def test_real_tiles(case):
 S = jax.ShapeDtypeStruct
 
 
-def test_a_backward_pass_does_not_attend_again(monkeypatch):
+@pytest.mark.parametrize(
+  ("name", "times"), [("none", 1), ("attention", 1), ("blocks", 2)]
+)
+def test_a_backward_pass_does_not_attend_again(monkeypatch, name, times):
   """cuDNN's outputs are kept, the keys copied together for it are not."""
   fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
   monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
@@ -305,17 +308,32 @@ def test_a_backward_pass_does_not_attend_again(monkeypatch):
   layout = ClipLayout(8, 3)
   x = S((1, layout.length, 2, 16), jnp.bfloat16)
 
-  @jax.checkpoint  # as a block of the transformer is
   def attend(q, k, v):
     return teacher_forcing.attention(q, k, v, layout, implementation="pieces")
 
   def loss(q, k, v):
-    return jnp.sum(attend(q, k, v).astype(jnp.float32) ** 2)
+    out = remat.rematerialised(attend, name)(q, k, v)
+    return jnp.sum(out.astype(jnp.float32) ** 2)
 
   text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, x, x))
   pieces = len(layout.rectangles())
   assert text.count("dot_product_attention_bwd_wrapper[") == pieces
-  assert text.count("dot_product_attention_fwd_wrapper[") == 2 * pieces
+  assert text.count("dot_product_attention_fwd_wrapper[") == times * pieces
+
+
+def test_a_backward_pass_holds_keys_once():
+  """Not once for each piece, which a scan over layers would stack."""
+  layout = ClipLayout(8, 6, ranks=2)
+  x = S((1, layout.length, 2, 16), jnp.bfloat16)
+
+  def pull_back(q, k, v):
+    attend = functools.partial(
+      teacher_forcing.attention, layout=layout, implementation="pieces"
+    )
+    return jax.vjp(attend, q, k, v)[1]
+
+  kept = jax.tree.leaves(jax.eval_shape(pull_back, x, x, x))
+  assert sum(leaf.size * leaf.dtype.itemsize for leaf in kept) <= 3 * 2 * x.size
 
 
 def test_the_default_is_pieces_for_half_precision_on_gpus_only():

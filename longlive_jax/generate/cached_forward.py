@@ -13,7 +13,7 @@ from longlive_jax.layers import attention, fp8_attention, kv_cache, kv_slots, ro
 from longlive_jax.layers.projection import numbers
 from longlive_jax.models import block_scan, dit
 from longlive_jax.parallel.sequence import SINGLE, Layout
-from longlive_jax.quant import fp8
+from longlive_jax.quant import fp8, weights
 
 Array = jax.Array
 
@@ -137,12 +137,17 @@ def can_hold(
   """Whether windows can be taken out of the cache: `kv_cache.hold`.
 
   If the network is unrolled and slots are attended as they are stored, and all of them.
+  Windows in 16 bits take much memory: only beside plain weights, which are unrolled for
+  those who ask for it, not by default.
   """
   rules, reads = cache.rules, _reads(model, attention_format)
+  kinds = (Array, jax.ShapeDtypeStruct)
+  plain = all(isinstance(a, kinds) for a in weights.matrices(model).values())
   return (
     len(block_scan.block_runs(model)) == model.config.layers
     and rules.window_frames == cache.frame.shape[1]
     and not rules.relative_rope
+    and (plain or reads == jnp.float8_e4m3fn)
     and all(isinstance(a, Array) and a.dtype == reads for a in (cache.k, cache.v))
   )
 

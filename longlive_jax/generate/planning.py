@@ -115,6 +115,7 @@ def workload(
     plain_copy=bool(config["precision_plain_steps"]),
     adapter_parameters=sum(adapter.parameters for adapter in sources.dit.loras),
     vae_precision=sources.vae.vae_precision,
+    decode_tiles=config["decode_tiles"],
     unrolled=sources.dit.unrolled,
     relative_rope=config["relative_rope"],
   )

@@ -44,7 +44,8 @@ def causal_convolve(
     (b, t, y + 2 sides[0] - ky + 1, x + 2 sides[1] - kx + 1, o).
 
   Raises:
-    ValueError: an unknown implementation, shapes or dtypes that do not fit.
+    ValueError: an unknown implementation, shapes or dtypes that do not fit; for Triton
+      also inputs that are no multiple of 128.
     NotImplementedError: under differentiation, by Triton.
   """
   _check(codes, kernel, scale)
@@ -108,6 +109,11 @@ def conv_call(
 ) -> Call:
   """Args: tile: pixels and outputs of a program."""
   o, ky, kx, kt, i = kernel.shape
+  if i % _TILE_K:
+    raise ValueError(
+      f"kernel.shape={kernel.shape} must have a multiple of {_TILE_K} inputs for "
+      "Triton; use implementation='jnp'"
+    )
   b, total, y_in, x_in, _ = codes.shape
   t = total - kt + 1
   y, x = y_in + 2 * sides[0] - ky + 1, x_in + 2 * sides[1] - kx + 1

@@ -7,14 +7,28 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 _ATTENTION = "attention"
+
+
+def is_fused_attention(primitive: Any, *_, **__) -> bool:
+  """Policy that keeps what cuDNN's attention gives.
+
+  Its backward pass takes the normalisers as well, which have no name: with the result
+  alone it would attend again.
+  """
+  return primitive.name.startswith("dot_product_attention_fwd")
+
+
 _POLICIES = {
   "blocks": jax.checkpoint_policies.nothing_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names(_ATTENTION),
+  "attention": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(_ATTENTION), is_fused_attention
+  ),
 }
 NAMES = ("none", *_POLICIES)
 

@@ -20,7 +20,7 @@ from jax import lax
 from longlive_jax.kernels import flash_attention, launch
 from longlive_jax.kernels.clip_layout import ClipLayout
 from longlive_jax.layers import attention as attn
-from longlive_jax.layers.remat import attended
+from longlive_jax.layers.remat import attended, is_fused_attention
 
 Array = jax.Array
 
@@ -68,8 +68,10 @@ def attention(
     raise ValueError(
       f"implementation={implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
     )
-  compute = _pieces if implementation == "pieces" else _blockwise
-  out = attended(compute(q, k, v, lengths, layout))
+  if implementation == "pieces":
+    out = _pieces(q, k, v, lengths, layout)
+  else:
+    out = attended(_blockwise(q, k, v, lengths, layout))
   if lengths is None:
     return out
   valid = layout.valid(jnp.arange(layout.length), lengths)
@@ -102,20 +104,28 @@ _triton.defvjp(_triton_forward, _triton_backward)
 
 # ------------------------------------------------------------------ pieces
 def _pieces(q, k, v, lengths, layout):
+  # Of all this the outputs of attention are kept, not the copies of keys: over a long
+  # clip these would be many times the keys.
+  run = functools.partial(_attend_pieces, layout=layout)
+  return jax.checkpoint(run, policy=is_fused_attention)(q, k, v, lengths)
+
+
+def _attend_pieces(q, k, v, lengths, *, layout):
   plain = dataclasses.replace(layout, ranks=1)  # histories in one span, not in `ranks`
   q, k, v = (_swapped(x, layout.ranks, layout.halves) for x in (q, k, v))
   rectangles = sorted(plain.rectangles(), key=lambda rectangle: rectangle.queries)
   ends = [rectangle.queries[1] for rectangle in rectangles]
   queries = jnp.split(q, ends[:-1], axis=1)
-  k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # so that gradients are, too
+  chain_k, chain_v = k.astype(jnp.float32), v.astype(jnp.float32)
+  k, v = lax.stop_gradient((k, v))
   found = []
   for query, rectangle in zip(queries, rectangles, strict=True):
-    # Of a piece the output is kept, not the copy of its keys: over a long clip these
-    # would be many times the keys.
-    piece = functools.partial(_piece, spans=rectangle.keys)
-    piece = jax.checkpoint(piece, policy=_is_attention)
-    out, k, v = piece(query, k, v, lengths)
-    found.append(out)
+    keys, chain_k = _taken(k, chain_k, rectangle.keys)
+    values, chain_v = _taken(v, chain_v, rectangle.keys)
+    # These are the keys of positions 0, 1, ..., so the valid ones come first. Queries
+    # that would see none are padding themselves.
+    valid = None if lengths is None else jnp.clip(lengths, 1, keys.shape[1])
+    found.append(attn.attention(query, keys, values, lengths=valid))
   return _swapped(jnp.concatenate(found, axis=1), layout.halves, layout.ranks)
 
 
@@ -125,43 +135,29 @@ def _swapped(x, outer, inner):
   return parts.swapaxes(1, 2).reshape(x.shape)
 
 
-def _piece(q, k, v, lengths, *, spans):
-  keys, k = _taken(k, spans, q.dtype)
-  values, v = _taken(v, spans, q.dtype)
-  # These are the keys of positions 0, 1, ..., so the valid ones come first. Queries
-  # that would see none are padding themselves.
-  lengths = None if lengths is None else jnp.clip(lengths, 1, keys.shape[1])
-  return attn.attention(q, keys, values, lengths=lengths), k, v
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _taken(x, chain, spans):
+  """Rows of spans of x, and `chain` as it came, for the pieces that follow.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _taken(x, spans, dtype):
-  """Rows of spans of x in a dtype, and x once more, for the pieces that follow.
-
-  Gradients go the same way back: each piece adds its own to one array, in place. Those
-  of all pieces, whole arrays that are added up at the end, would be 50 GB a layer for a
-  clip of 64 seconds on four GPUs.
+  The chain is float32 of the shape of x, and no number of it is read: gradients of x go
+  back along it, and each piece adds its own to one array, in place. Those of all
+  pieces, whole arrays that are added up at the end, would be 50 GB a layer for a clip
+  of 64 seconds on four GPUs.
   """
-  rows = jnp.concatenate([x[:, first:end] for first, end in spans], axis=1)
-  return rows.astype(dtype), x
+  return jnp.concatenate([x[:, first:end] for first, end in spans], axis=1), chain
 
 
-def _add_gradient(spans, dtype, _, gradients):
+def _add_gradient(spans, _, gradients):
   gradient, total = gradients
   begin = 0
   for first, end in spans:
     part = gradient[:, begin : begin + end - first].astype(total.dtype)
     total = lax.dynamic_update_slice_in_dim(total, total[:, first:end] + part, first, 1)
     begin += end - first
-  return (total,)
+  return None, total
 
 
-_taken.defvjp(lambda x, spans, dtype: (_taken(x, spans, dtype), None), _add_gradient)
-
-
-def _is_attention(primitive, *_, **__) -> bool:
-  """Whether cuDNN's attention forward: what a backward pass must not run again."""
-  return primitive.name.startswith("dot_product_attention_fwd")
+_taken.defvjp(lambda x, chain, spans: (_taken(x, chain, spans), None), _add_gradient)
 
 
 # ------------------------------------------------------------------ blockwise

@@ -7,10 +7,10 @@ and nothing has to be calibrated. It is a power of two, so it rounds nothing. We
 have a scale for every output.
 
 Codes are what a convolution keeps of earlier frames, what devices that share a picture
-send each other, and what it reads: half of the bytes of a decoder's state, and of the
-frames put side by side. All else stays as it is:
-the first and the last convolution, those that resample, whose inputs have no bound, and
-the encoder.
+send each other, and what it reads: half of the bytes, also of a decoder's state. On
+Hopper and newer GPUs kernels/fp8_conv.py multiplies them. All else stays as it is: the
+first and the last convolution, those that resample, whose inputs have no bound, and the
+encoder.
 """
 
 import dataclasses
@@ -87,8 +87,9 @@ def quantise_decoder(model: VideoVAE) -> VideoVAE:
   """The VAE with the residual blocks of its decoder in FP8.
 
   Works on abstract trees, too: `jax.eval_shape(quantise_decoder, abstract)`. Every
-  device computes with the codes: Hopper and newer in 8 bits, others, and CPUs, in the
-  dtype of the network, with the same numbers but for the order of sums.
+  device computes with the codes: Hopper and newer in 8 bits (convolutions of a multiple
+  of 128 channels), others, and CPUs, in the dtype of the network: the same numbers, but
+  for how exactly they are summed.
 
   Raises:
     ValueError: the decoder is quantised already.

@@ -97,7 +97,8 @@ class Work:
   def holds_windows(self) -> bool:
     """Whether they are copied once a chunk, see `cached_forward.can_hold`."""
     formats = self.kv_format, self.attention_format
-    return self.unrolled and formats in (("", ""), ("e4m3", "fp8"))
+    plain = not any((self.precision, *formats))
+    return self.unrolled and (plain or formats == ("e4m3", "fp8"))
 
   @property
   def weight_itemsize(self) -> float:
@@ -347,7 +348,9 @@ class Convolution:
 
   def unit(self, precision: str) -> str:
     """Which rate of the hardware is its own."""
-    return "convolution_fp8" if precision and self.residual else "convolution"
+    # kernels/fp8_conv.py multiplies whole tiles of channels.
+    codes = precision and self.residual and self.c_in % 128 == 0
+    return "convolution_fp8" if codes else "convolution"
 
 
 def _residual_block(

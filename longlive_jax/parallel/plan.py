@@ -57,6 +57,7 @@ class Workload:
     plain_copy: so are the plain weights beside quantised ones (precision by step).
     adapter_parameters: of the adapters beside the weights.
     vae_precision: of the VAE's decoder, as the config names it.
+    decode_tiles: of it; a picture that devices share has no other parts.
     unrolled: layers are run one by one.
     relative_rope: of `sampler.Sampling`; no layer then holds its window.
   """
@@ -75,6 +76,7 @@ class Workload:
   plain_copy: bool = False
   adapter_parameters: int = 0
   vae_precision: str = ""
+  decode_tiles: int = 1
   unrolled: bool = False
   relative_rope: bool = False
 
@@ -315,6 +317,11 @@ def problem(workload: Workload, hardware: Hardware, plan: Plan) -> str:
     return f"guidance_devices={plan.guidance_devices} needs guidance; use 1"
   if plan.decode_on not in ("same", "other", "split"):
     return f"decode_on={plan.decode_on!r} is unknown; use 'same', 'other' or 'split'"
+  if plan.decode_on == "split" and workload.decode_tiles > 1:
+    return (
+      f"decode_on='split' needs decode_tiles=1, not {workload.decode_tiles}; use "
+      "'same' or 'other'"
+    )
   if plan.decode_on == "split" and plan.total == 1:
     return "decode_on='split' needs several devices; use 'same'"
   if workload.y % plan.picture_devices and workload.x % plan.picture_devices:
