@@ -157,7 +157,7 @@ def measured_hardware(path: str | Path) -> Hardware:
   """
   try:
     found = json.loads(Path(path).read_text())["hardware"]
-    # Reports of before had one share for both.
+    # Reports of before had one share and one rate of convolutions for both kinds.
     before = {
       "unrolled_share": found.get("denoise_share"),
       "convolution_fp8": found.get("convolution"),
